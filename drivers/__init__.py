@@ -1,0 +1,1 @@
+"""Drivers: code that opens engines. Imports kernel.device and kernel.errors, nothing else of ours."""

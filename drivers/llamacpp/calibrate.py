@@ -1,0 +1,73 @@
+"""What a forward pass costs on this machine, measured once after the load.
+
+Batches of a few sequences can cost more per token than the same sequences one by one, so the curve
+is measured, not assumed. Bounded: about a third of a second for small models, a few passes for large.
+Not here: acting on it (the scheduler).
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from drivers.llamacpp.slab import Slab
+from kernel.errors import Interrupted
+
+BUDGET_S: Final = 0.25
+MOST_REPEATS: Final = 5
+PREFILL_S: Final = 0.5  # a prompt chunk is cut to about this long on slow models
+
+
+@dataclass(slots=True)
+class _Probe:
+    """A sequence of zeros. Fills `slab.Seated`."""
+
+    seat: int
+    tokens: list[int]
+    computed: int = 0
+
+
+def measure(slab: Slab) -> tuple[Mapping[int, float], float]:
+    """(seconds of one decode step by number of sequences, seconds per prompt token). Leaves the slab empty.
+
+    Raises Interrupted if the abort flag is set meanwhile.
+    """
+    _pass_s(slab, 1, 1)  # reads the weights from disk; not counted
+    deadline_s = time.perf_counter() + BUDGET_S
+    step_cost_s: dict[int, float] = {}
+    for count in _counts(slab.seats):
+        if count > 2 and max(step_cost_s.values()) > BUDGET_S:
+            break  # a large model: two points tell enough, and more would take seconds
+        step_cost_s[count] = _least_s(slab, count, 1, deadline_s)
+    chunk = min(slab.capacity_tokens, slab.window_tokens - 1, max(8, int(2 * PREFILL_S / step_cost_s[1])))
+    prefill_s = _least_s(slab, 1, chunk, deadline_s)
+    slab.clear()
+    return step_cost_s, prefill_s / chunk
+
+
+def _counts(seats: int) -> Iterator[int]:
+    """1, 2, 4, 8, ... and the number of seats."""
+    count = 1
+    while count < seats:
+        yield count
+        count *= 2
+    yield seats
+
+
+def _least_s(slab: Slab, sequences: int, tokens: int, deadline_s: float) -> float:
+    """The least of a few runs; of one run, if time is up."""
+    least_s = _pass_s(slab, sequences, tokens)
+    for _ in range(MOST_REPEATS - 1):
+        if time.perf_counter() > deadline_s and least_s > BUDGET_S / 20:
+            break
+        least_s = min(least_s, _pass_s(slab, sequences, tokens))
+    return least_s
+
+
+def _pass_s(slab: Slab, sequences: int, tokens: int) -> float:
+    slab.clear()
+    plan = [(_Probe(seat, [0] * tokens), tokens) for seat in range(sequences)]
+    begin_s = time.perf_counter()
+    if slab.compute(plan) is None:
+        raise Interrupted("the load was cancelled")
+    return time.perf_counter() - begin_s

@@ -1,0 +1,346 @@
+"""The llama.cpp engine: sequences of one model, computed together.
+
+Owner: one thread of one process, usually a worker's. Fills `kernel.device.Engine`. Every argument is
+checked before native code sees it. A sequence takes a seat of the slab for as long as it is open.
+Not here: time sharing (the kernel), which tokens go into a pass (planner.py), the context (slab.py).
+"""
+
+import ctypes
+import re
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from drivers.llamacpp import header, kvstate, layout, native
+from drivers.llamacpp.calibrate import measure
+from drivers.llamacpp.chat import Chat
+from drivers.llamacpp.planner import Plan, plan
+from drivers.llamacpp.sampler import Sampler
+from drivers.llamacpp.sequence import Sequence
+from drivers.llamacpp.slab import Slab
+from drivers.llamacpp.weights import Weights, fingerprint
+from kernel.device import (
+    EngineInfo,
+    EngineOptions,
+    LogLine,
+    Opened,
+    Progress,
+    Prompt,
+    Sampling,
+    SequenceStep,
+    StepEvent,
+)
+from kernel.errors import AdmissionRefused, CheckpointInvalid, ContextFull, KernelFault, UsageError
+
+MIB: Final = 1 << 20
+_BUFFER = re.compile(r"(KV|RS|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB")
+
+
+def open_engine(
+    path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine
+) -> "LlamaEngine":
+    """Load a GGUF file on the CPU.
+
+    `abort_flag` is a writable ctypes buffer of two zero bytes, or None: setting the first (from
+    anywhere) cuts the forward pass short that is running, and the pass then clears it. Raises
+    ModelNotFound, ModelInvalid, UsageError, AdmissionRefused, Interrupted.
+    """
+    return _open(path, options, abort_flag, progress, log, on_gpu=False)
+
+
+def open_engine_metal(
+    path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine
+) -> "LlamaEngine":
+    """The same on the GPU of the local build."""
+    return _open(path, options, abort_flag, progress, log, on_gpu=True)
+
+
+def _open(
+    path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine, on_gpu: bool
+) -> "LlamaEngine":
+    head = header.read(Path(path))
+    decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
+    _admit(layout.estimate(head, decided).total_bytes)
+    buffers = _Buffers()
+    native.start(log, buffers.hear)
+    weights = Weights(path, on_gpu, progress)
+    slab: Slab | None = None
+    try:
+        slab = Slab(weights, decided, _flag(abort_flag))
+        step_cost_s, prefill_token_s = measure(slab)
+    except BaseException:
+        if slab:
+            slab.free()
+        weights.free()
+        raise
+    info = EngineInfo(
+        context_tokens=slab.window_tokens,
+        sequences=slab.seats,
+        weights_bytes=weights.bytes,
+        kv_bytes_per_token=buffers.kv_bytes // (slab.window_tokens * slab.seats),
+        kv_bytes=buffers.kv_bytes,
+        compute_bytes=buffers.compute_bytes,
+        step_cost_s=step_cost_s,
+        prefill_token_s=prefill_token_s,
+    )
+    return LlamaEngine(weights, slab, info, fingerprint(head))
+
+
+def _admit(need_bytes: int) -> None:
+    """Running out of memory in native code kills the process, so it is refused here."""
+    free_bytes = layout.free_ram_bytes()
+    if need_bytes > free_bytes:
+        raise AdmissionRefused(
+            f"needs {need_bytes // MIB} MiB of RAM; {free_bytes // MIB} MiB are free",
+            "ask for fewer sequences or a smaller context",
+        )
+
+
+def _flag(abort_flag: Any) -> Any:
+    if abort_flag is None:
+        return ctypes.create_string_buffer(2)
+    if ctypes.sizeof(abort_flag) < 2:
+        raise UsageError("the abort flag has two bytes")
+    return abort_flag
+
+
+class _Buffers:
+    """Adds up what llama.cpp says it allocates; its C interface has no other way to ask."""
+
+    def __init__(self) -> None:
+        self.kv_bytes = 0
+        self.compute_bytes = 0
+
+    def hear(self, _level: str, line: str) -> None:
+        for kind, size in _BUFFER.findall(line):
+            size_bytes = round(float(size) * MIB)
+            if kind in ("KV", "RS"):
+                self.kv_bytes += size_bytes
+            else:
+                self.compute_bytes += size_bytes
+
+
+class LlamaEngine:
+    """Fills `kernel.device.Engine`."""
+
+    def __init__(self, weights: Weights, slab: Slab, info: EngineInfo, model: bytes) -> None:
+        self.info = info
+        self._weights = weights
+        self._slab = slab
+        self._model = model
+        self._chat = Chat(weights)
+        self._ends = np.array(sorted(weights.ends), np.intp)
+        self._sequences: dict[int, Sequence] = {}
+        self._by_seat: list[Sequence] = []  # the same, in the order of their seats
+        self._prompts_next = True  # passes over prompts and decoding passes alternate
+        self._closed = False
+
+    def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
+        self._check(seq)
+        sequence = self._start(seq, self._first_tokens(prompt), prompt, sampling)
+        return Opened(tuple(sequence.tokens))
+
+    def feed(self, seq: int, prompt: Prompt) -> Opened:
+        sequence = self._get(seq)
+        _check_limit(prompt)
+        added = self._next_tokens(prompt, sequence.tokens[-1])
+        self._check_room(len(sequence.tokens) + len(added))
+        sequence.tokens += added
+        sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
+        return Opened(tuple(added))
+
+    def fork(self, source: int, target: int) -> None:
+        self._check(target)
+        original = self._get(source)
+        if source == target:
+            raise UsageError(f"sequence {source} cannot be forked onto itself")
+        self.close(target)
+        twin = original.copy(target, self._slab.take())
+        self._enter(twin)
+        if twin.computed and not self._slab.write(twin.seat, self._slab.read(original.seat), twin.computed):
+            self.close(target)
+            raise KernelFault("llama.cpp did not take the state of a sequence")
+
+    def dump(self, seq: int) -> bytes:
+        sequence = self._get(seq)
+        return kvstate.pack(self._model, sequence.tokens[: sequence.computed], self._slab.read(sequence.seat))
+
+    def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
+        self._check(seq)
+        tokens = self._replayed(prompt)
+        computed, state = kvstate.unpack(self._model, tokens, kv)
+        sequence = self._start(seq, tokens, prompt, sampling)
+        if computed and not self._slab.write(sequence.seat, state, computed):
+            self.close(seq)
+            raise CheckpointInvalid("llama.cpp does not take this KV state")
+        sequence.computed = computed
+        if computed >= sequence.prompt_tokens:
+            sequence.given_tokens = computed  # what is left was drawn, and is computed as any drawn token
+        return Opened(tuple(sequence.tokens), computed)
+
+    def close(self, seq: int) -> None:
+        sequence = self._sequences.pop(seq, None)
+        if sequence:
+            self._by_seat.remove(sequence)
+            sequence.sampler.free()
+            self._slab.vacate(sequence.seat)
+
+    def shutdown(self) -> None:
+        for seq in list(self._sequences):
+            self.close(seq)
+        self._closed = True
+        self._slab.free()
+        self._weights.free()
+
+    def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
+        begin_s = time.perf_counter()
+        told = self._told(quota_tokens)
+        chosen = plan(self._by_seat, quota_tokens, self._slab.capacity_tokens, self._prompts_next)
+        if chosen:
+            self._prompts_next = chosen[0][1] == 1
+            rows = self._slab.compute(chosen)
+            told += self._aborted(chosen) if rows is None else self._drawn(chosen, rows)
+            for done in told:
+                spent = done.prompt_tokens + (done.token is not None)
+                quota_tokens[done.seq] = max(0, quota_tokens[done.seq] - spent)
+        elif not told:
+            return None
+        return StepEvent(0, time.perf_counter() - begin_s, tuple(told))
+
+    def _told(self, quota_tokens: MutableMapping[int, int]) -> list[SequenceStep]:
+        """Ends that no step has told yet: histories that were complete when they were opened."""
+        told: list[SequenceStep] = []
+        for sequence in self._by_seat:
+            if sequence.finish and not sequence.reported and quota_tokens.get(sequence.id, 0) > 0:
+                sequence.reported = True
+                told.append(SequenceStep(sequence.id, 0, None, "", sequence.finish))
+        return told
+
+    def _drawn(self, chosen: Plan, rows: list[int]) -> list[SequenceStep]:
+        """After a pass: draw a token for every sequence that is computed to its end."""
+        told: list[SequenceStep] = []
+        ready = [sequence for sequence, count in chosen if sequence.computed + count == len(sequence.tokens)]
+        tokens = iter(self._draw(ready, rows) if ready else ())
+        for sequence, count in chosen:
+            prompt_tokens = min(max(sequence.given_tokens - sequence.computed, 0), count)
+            sequence.computed += count
+            if sequence.computed < len(sequence.tokens):
+                told.append(SequenceStep(sequence.id, prompt_tokens, None, ""))
+                continue
+            token = next(tokens)
+            text = sequence.append(token, self._weights)
+            sequence.reported = sequence.finish is not None
+            told.append(SequenceStep(sequence.id, prompt_tokens, token, text, sequence.finish))
+        return told
+
+    def _draw(self, ready: list[Sequence], rows: list[int]) -> list[int]:
+        logits = self._slab.logits()[: len(ready)]
+        for index, sequence in enumerate(ready):
+            if sequence.sampler.edits:
+                sequence.sampler.edit(logits[index], sequence.tokens, self._ends)
+        if all(sequence.sampler.greedy for sequence in ready):
+            return logits.argmax(axis=1).tolist()  # type: ignore[no-any-return]
+        return [
+            int(logits[index].argmax())
+            if sequence.sampler.greedy
+            else sequence.sampler.draw(self._slab.context, rows[index], len(sequence.tokens))
+            for index, sequence in enumerate(ready)
+        ]
+
+    def _aborted(self, chosen: Plan) -> list[SequenceStep]:
+        """After a pass that was cut short: keep what was finished, but for what a draw still needs."""
+        told: list[SequenceStep] = []
+        for sequence, count in chosen:
+            before = sequence.computed
+            done = self._slab.computed(sequence.seat)
+            if done == len(sequence.tokens):  # its logits are lost: compute the end once more
+                done = max(before, done - min(count, 2))
+                self._slab.cut(sequence.seat, done)
+            if not self._weights.can_roll_back and done < before + count:
+                done = 0
+                self._slab.cut(sequence.seat, 0)
+            sequence.computed = done
+            if done > before:
+                told.append(SequenceStep(sequence.id, min(done, sequence.given_tokens) - before, None, ""))
+        return told
+
+    def _start(self, seq: int, tokens: list[int], prompt: Prompt, sampling: Sampling) -> Sequence:
+        """Give a checked history a seat; a sequence of that number is ended first."""
+        _check_limit(prompt)
+        answer_at = (prompt.prompt_tokens or len(tokens)) if prompt.tokens else len(tokens)
+        self._check_room(answer_at)
+        sampler = Sampler(sampling)
+        self.close(seq)
+        seat = self._slab.take()
+        sequence = Sequence(seq, seat, tokens, 0, 0, self.info.context_tokens, sampling, sampler)
+        sequence.begin_answer(answer_at, prompt.max_tokens, self._weights)
+        self._enter(sequence)
+        return sequence
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._sequences[sequence.id] = sequence
+        self._by_seat = sorted(self._sequences.values(), key=lambda each: each.seat)
+
+    def _first_tokens(self, prompt: Prompt) -> list[int]:
+        if prompt.tokens:
+            return self._replayed(prompt)
+        if prompt.messages:
+            return _some(self._chat.begin(prompt.messages))
+        if not prompt.text:
+            raise UsageError("the prompt is empty")
+        return _some(self._weights.tokenize(prompt.text, begins=True, specials=True))
+
+    def _next_tokens(self, prompt: Prompt, last: int) -> list[int]:
+        if prompt.tokens:
+            return self._checked(prompt.tokens)
+        if prompt.messages:
+            return _some(self._chat.go_on(prompt.messages, last))
+        return _some(self._weights.tokenize(prompt.text, begins=False, specials=True))
+
+    def _replayed(self, prompt: Prompt) -> list[int]:
+        tokens = self._checked(prompt.tokens)
+        if not 0 <= prompt.prompt_tokens <= len(tokens):
+            raise UsageError(f"{prompt.prompt_tokens} prompt tokens of {len(tokens)}")
+        if len(tokens) > self.info.context_tokens:
+            self._check_room(len(tokens))
+        return tokens
+
+    def _checked(self, tokens: tuple[int, ...]) -> list[int]:
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        if min(tokens) < 0 or max(tokens) >= self._weights.vocabulary_tokens:
+            raise UsageError(f"the model's tokens are 0 to {self._weights.vocabulary_tokens - 1}")
+        return list(tokens)
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self.info.context_tokens:
+            raise ContextFull(
+                f"{tokens} tokens leave no room in a context window of {self.info.context_tokens}",
+                "shorten the prompt, or load the model with a larger context",
+            )
+
+    def _check(self, seq: int) -> None:
+        if self._closed:
+            raise KernelFault("the engine is shut down")
+        if not 0 <= seq < self.info.sequences:
+            raise UsageError(f"sequence {seq}; this engine has 0 to {self.info.sequences - 1}")
+
+    def _get(self, seq: int) -> Sequence:
+        self._check(seq)
+        if seq not in self._sequences:
+            raise UsageError(f"sequence {seq} is not open")
+        return self._sequences[seq]
+
+
+def _some(tokens: list[int]) -> list[int]:
+    if not tokens:
+        raise UsageError("the model has no tokens for this prompt")
+    return tokens
+
+
+def _check_limit(prompt: Prompt) -> None:
+    if prompt.max_tokens < 0:
+        raise UsageError(f"max_tokens {prompt.max_tokens}; it is 0 (no limit) or more")

@@ -1,0 +1,200 @@
+"""One llama.cpp context: a number of seats of one size over shared weights.
+
+Each seat has its own stream of the KV cache (not one unified pool) and flash attention is off: faster
+with many sequences on a CPU, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what
+runs beside it. The KV cache is committed when the slab is made.
+
+Owner: one engine, which runs on one thread; two threads in a context abort the process. Seats are
+handed out lowest first, because seats in a batch that follow one another are computed together.
+Not here: what a sequence is (sequence.py), what to compute next (engine.py).
+"""
+
+import ctypes
+import heapq
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from drivers.llamacpp import native
+from drivers.llamacpp.layout import CHUNK_TOKENS, Layout
+from drivers.llamacpp.native import lib
+from drivers.llamacpp.weights import Weights
+from kernel.errors import AdmissionRefused, KernelFault
+
+ABORTED = 2
+_STATE_HEAD_BYTES = 12
+
+State = npt.NDArray[np.uint8]
+
+
+class Seated(Protocol):
+    """What the slab needs to know of a sequence: `tokens[:computed]` are in the KV cache of `seat`."""
+
+    seat: int
+    tokens: list[int]
+    computed: int
+
+
+class Slab:
+    """Seats, the batch that feeds them, and the logits that come out."""
+
+    def __init__(self, weights: Weights, layout: Layout, abort_flag: Any) -> None:
+        self.seats = layout.seats
+        self.capacity_tokens = max(CHUNK_TOKENS, layout.seats)
+        self._weights = weights
+        self._abort_flag = abort_flag  # referenced for as long as native code reads it
+        self.context = lib.llama_init_from_model(weights.handle, self._params(layout))
+        if not self.context:
+            raise AdmissionRefused(
+                f"llama.cpp cannot make a context of {layout.seats} x {layout.window_tokens} tokens",
+                "ask for fewer sequences or a smaller context",
+            )
+        self.window_tokens = int(lib.llama_n_ctx_seq(self.context))
+        self._memory = lib.llama_get_memory(self.context)
+        self._free = list(range(self.seats))  # a heap
+        self._make_batch()
+        self._learn_state_form()
+        self._logits = np.empty((0, 0), np.float32)
+        self._logits_at = 0
+
+    def _params(self, layout: Layout) -> Any:
+        params = lib.llama_context_default_params()
+        params.n_ctx = layout.seats * layout.window_tokens
+        params.n_batch = params.n_ubatch = self.capacity_tokens
+        params.n_seq_max = params.n_outputs_max = layout.seats
+        params.n_threads = params.n_threads_batch = layout.threads
+        params.flash_attn_type, params.kv_unified = 0, False
+        params.offload_kqv = params.op_offload = self._weights.on_gpu
+        params.abort_callback = native.abort_callback
+        params.abort_callback_data = ctypes.addressof(self._abort_flag)
+        return params
+
+    def _make_batch(self) -> None:
+        """Arrays that the native batch points into, so that filling it is filling them."""
+        size = self.capacity_tokens
+        self._tokens, self._positions, self._seats = (np.zeros(size, np.int32) for _ in range(3))
+        self._outputs = np.zeros(size, np.int8)
+        self._ones = np.ones(size, np.int32)
+        self._seat_at = (self._seats.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=_pointer(self._tokens, ctypes.c_int32),
+            pos=_pointer(self._positions, ctypes.c_int32),
+            n_seq_id=_pointer(self._ones, ctypes.c_int32),
+            seq_id=_pointer(self._seat_at, ctypes.POINTER(ctypes.c_int32)),
+            logits=_pointer(self._outputs, ctypes.c_int8),
+        )
+
+    def take(self) -> int:
+        """The lowest free seat, empty."""
+        return heapq.heappop(self._free)
+
+    def vacate(self, seat: int) -> None:
+        self.cut(seat, 0)
+        heapq.heappush(self._free, seat)
+
+    def compute(self, plan: Sequence[tuple[Seated, int]]) -> list[int] | None:
+        """One forward pass: for each (sequence, count), the next `count` of its tokens.
+
+        Returns the batch rows that have logits: the last of each sequence that is now computed to its
+        end. None if the pass was aborted; then `computed` tells how far each seat came.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        seats: list[int] = []
+        outputs: list[int] = []
+        for sequence, count in plan:
+            begin = sequence.computed
+            end = begin + count
+            tokens += sequence.tokens[begin:end]
+            positions += range(begin, end)
+            seats += [sequence.seat] * count
+            if end == len(sequence.tokens):
+                outputs.append(len(tokens) - 1)
+        return outputs if self._decode(tokens, positions, seats, outputs) else None
+
+    def _decode(self, tokens: list[int], positions: list[int], seats: list[int], outputs: list[int]) -> bool:
+        count = self._batch.n_tokens = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._seats[:count] = seats
+        self._outputs[:count] = 0
+        self._outputs[outputs] = 1
+        answer = lib.llama_decode(self.context, self._batch)
+        if answer == ABORTED:
+            ctypes.memset(ctypes.addressof(self._abort_flag), 0, 1)
+            return False
+        if answer:
+            raise KernelFault(f"llama.cpp could not compute a batch of {count} tokens (code {answer})")
+        if self._weights.on_gpu:
+            lib.llama_synchronize(self.context)  # gives up the interpreter lock; `get_logits` would not
+        return True
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits of the last pass, a row for each output in the order of the batch. Valid until the next."""
+        at = native.get_logits(self.context)
+        if at != self._logits_at:
+            if not at:
+                raise KernelFault("llama.cpp has no logits")
+            shape = (self.seats, self._weights.vocabulary_tokens)
+            values = (ctypes.c_float * (shape[0] * shape[1])).from_address(at)
+            self._logits, self._logits_at = np.ctypeslib.as_array(values).reshape(shape), at
+        return self._logits
+
+    def computed(self, seat: int) -> int:
+        """Tokens in the KV cache of a seat."""
+        return int(native.pos_max(self._memory, seat)) + 1
+
+    def cut(self, seat: int, keep_tokens: int) -> None:
+        """Drop all but the first tokens of a seat."""
+        native.seq_rm(self._memory, seat, keep_tokens, -1)
+
+    def clear(self) -> None:
+        """Empty every seat."""
+        lib.llama_memory_clear(self._memory, False)
+
+    def read(self, seat: int) -> State:
+        """The KV state of a seat; of a plain cache in a form that a slab of any number of seats takes."""
+        state = self._native_state(seat)
+        if not self._plain:
+            return state
+        return state[_STATE_HEAD_BYTES + 4 * seat : state.size - 4 * (self.seats - 1 - seat)]
+
+    def write(self, seat: int, state: State, tokens: int) -> bool:
+        """Put a KV state of so many tokens into an empty seat. False if it is none; the seat stays empty."""
+        if self._plain:
+            state = np.concatenate((self._state_head, state, np.zeros(4 * (self.seats - 1), np.uint8)))
+        taken = lib.llama_state_seq_set_data(self.context, _pointer(state, ctypes.c_uint8), state.size, seat)
+        if taken == state.size and self.computed(seat) == tokens:
+            return True
+        self.cut(seat, 0)
+        return False
+
+    def _native_state(self, seat: int) -> State:
+        size = lib.llama_state_seq_get_size(self.context, seat)
+        state = np.empty(size, np.uint8)
+        if lib.llama_state_seq_get_data(self.context, _pointer(state, ctypes.c_uint8), size, seat) != size:
+            raise KernelFault("llama.cpp did not give the state of a sequence")
+        return state
+
+    def _learn_state_form(self) -> None:
+        """A native state is: magic, sequence, number of seats; then per seat a cell count and its cells.
+
+        Only the sequence's own seat has cells, so the other counts (zeros) can be left out and be put
+        back for another number of seats. Caches that are made of several parts have more to say of an
+        empty seat, and are left as they are.
+        """
+        empty = self._native_state(0)
+        self._plain = empty.size == _STATE_HEAD_BYTES + 4 * self.seats and not empty[_STATE_HEAD_BYTES:].any()
+        self._state_head = empty[:_STATE_HEAD_BYTES]
+
+    def free(self) -> None:
+        if self.context:
+            lib.llama_free(self.context)
+            self.context = None
+
+
+def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

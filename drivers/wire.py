@@ -1,0 +1,323 @@
+"""The wire between a worker and its parent: frames, and the values of `kernel.device` inside them.
+
+A frame is a fixed head (magic, kind, two lengths), a compact JSON header and a binary blob. Steps
+are the hot path and travel packed in the blob; everything else is a JSON list, decoded by shape.
+Nothing that arrives is trusted: what does not fit raises `Nonsense`.
+
+Not here: who sends what when (worker, worker_main), processes (child), shared memory (brake).
+"""
+
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+from kernel import errors
+from kernel.device import (
+    EngineInfo,
+    EngineOptions,
+    Finish,
+    Opened,
+    Prompt,
+    QuantumEnd,
+    Sampling,
+    SequenceStep,
+    StepEvent,
+)
+
+MAX_HEADER_BYTES = 64 << 20  # a prompt of some million tokens
+MAX_BLOB_BYTES = 64 << 30  # the KV state of one sequence
+CHUNK_BYTES = 256 << 10
+
+_HEAD = struct.Struct("<2sBxIQ")
+_MAGIC = b"LM"
+_STEP = struct.Struct("<qdHI")  # quantum, step_s, sequences, bytes of text
+_SEQUENCE = struct.Struct("<HIiBI")  # seq, prompt_tokens, token or -1, finish, characters of text
+_FINISHES: tuple[Finish | None, ...] = (None, "stop", "length", "context")
+_FINISH_CODE = {finish: code for code, finish in enumerate(_FINISHES)}
+
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_from_json = json.JSONDecoder().decode
+
+
+class Nonsense(Exception):
+    """Bytes that no worker of ours would send."""
+
+
+class Kind(IntEnum):
+    """What a frame is for. Commands go down; all from READY on goes up."""
+
+    LOAD = 1
+    START = 2
+    OPEN = 3
+    FEED = 4
+    FORK = 5
+    DUMP = 6
+    RESTORE = 7
+    CLOSE = 8
+    READY = 16
+    PROGRESS = 17
+    LOG = 18
+    REPLY = 19
+    ERROR = 20
+    CLOSED = 21
+    STEPS = 22
+    END = 23
+    FATAL = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One message. `header` is what JSON has made of it: lists, strings, numbers."""
+
+    kind: Kind
+    header: object = None
+    blob: bytes = b""
+
+    def encode_head(self) -> bytes:
+        """All but the blob, which is sent after it without a copy."""
+        header = b"" if self.header is None else _to_json(self.header).encode("ascii")
+        if len(header) > MAX_HEADER_BYTES or len(self.blob) > MAX_BLOB_BYTES:
+            raise errors.UsageError(f"{len(header) + len(self.blob)} bytes are too many for one message")
+        return _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._chunk = memoryview(bytearray(CHUNK_BYTES))  # kept: a fresh one for each read costs page faults
+        self._buffer = bytearray()
+        self._needed_bytes = _HEAD.size
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a frame has begun and is not complete."""
+        return bool(self._buffer)
+
+    def receive(self, sock: socket.socket) -> list[Frame]:
+        """One read from the socket, and the frames it completes. Raises EOFError, OSError, Nonsense."""
+        count = sock.recv_into(self._chunk)
+        if not count:
+            raise EOFError
+        return list(self.feed(self._chunk[:count]))
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
+        """Yield the frames that `data` completes. Raises Nonsense."""
+        self._buffer += data
+        while len(self._buffer) >= self._needed_bytes:
+            frame = self._cut()
+            if frame is not None:
+                yield frame
+
+    def _cut(self) -> Frame | None:
+        magic, kind, header_bytes, blob_bytes = _HEAD.unpack_from(self._buffer)
+        if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or blob_bytes > MAX_BLOB_BYTES:
+            raise Nonsense("not a frame")
+        header_end = _HEAD.size + header_bytes
+        frame_end = header_end + blob_bytes
+        if len(self._buffer) < frame_end:
+            self._needed_bytes = frame_end
+            return None
+        with memoryview(self._buffer) as view:
+            frame = Frame(
+                _kind_of(kind),
+                _header_of(bytes(view[_HEAD.size : header_end])),
+                bytes(view[header_end:frame_end]),
+            )
+        del self._buffer[:frame_end]
+        self._needed_bytes = _HEAD.size
+        return frame
+
+
+def _kind_of(code: int) -> Kind:
+    try:
+        return Kind(code)
+    except ValueError:
+        raise Nonsense(f"frame of kind {code}") from None
+
+
+def _header_of(data: bytes) -> object:
+    if not data:
+        return None
+    try:
+        return _from_json(data.decode("ascii"))
+    except (ValueError, RecursionError):
+        raise Nonsense("header is not JSON") from None
+
+
+# -- steps: packed ------------------------------------------------------------------------------
+
+
+def pack_step(quantum: int, event: StepEvent) -> bytes:
+    """A step as bytes; `quantum` replaces the event's own."""
+    steps = event.sequences
+    text = "".join([step.text for step in steps]).encode("utf-8", "surrogatepass")
+    parts = [_STEP.pack(quantum, event.step_s, len(steps), len(text))]
+    pack = _SEQUENCE.pack
+    for step in steps:
+        token = -1 if step.token is None else step.token
+        parts.append(pack(step.seq, step.prompt_tokens, token, _FINISH_CODE[step.finish], len(step.text)))
+    parts.append(text)
+    return b"".join(parts)
+
+
+def unpack_steps(blob: bytes) -> Iterator[StepEvent]:
+    """The steps of a STEPS frame, in order. Raises Nonsense."""
+    offset = 0
+    try:
+        while offset < len(blob):
+            event, offset = _unpack_step(blob, offset)
+            yield event
+    except (struct.error, IndexError, UnicodeDecodeError):
+        raise Nonsense("broken step") from None
+
+
+def _unpack_step(blob: bytes, offset: int) -> tuple[StepEvent, int]:
+    quantum, step_s, sequences, text_bytes = _STEP.unpack_from(blob, offset)
+    rows_at = offset + _STEP.size
+    text_at = rows_at + sequences * _SEQUENCE.size
+    end = text_at + text_bytes
+    if end > len(blob):
+        raise Nonsense("step is cut short")
+    text = blob[text_at:end].decode("utf-8", "surrogatepass")
+    steps = []
+    start = 0
+    for seq, prompt_tokens, token, finish, characters in _SEQUENCE.iter_unpack(blob[rows_at:text_at]):
+        stop = start + characters
+        drawn = None if token < 0 else token
+        steps.append(SequenceStep(seq, prompt_tokens, drawn, text[start:stop], _FINISHES[finish]))
+        start = stop
+    return StepEvent(quantum, step_s, tuple(steps)), end
+
+
+# -- all else: JSON lists -----------------------------------------------------------------------
+
+
+def encode_options(options: EngineOptions) -> list[object]:
+    return [options.context_tokens, options.sequences, options.threads]
+
+
+def decode_options(header: object) -> EngineOptions:
+    match header:
+        case [int(context_tokens), int(sequences), int(threads)]:
+            return EngineOptions(context_tokens, sequences, threads)
+    raise Nonsense("options")
+
+
+def encode_info(info: EngineInfo) -> list[object]:
+    costs = [[sequences, cost_s] for sequences, cost_s in info.step_cost_s.items()]
+    memory = [info.weights_bytes, info.kv_bytes_per_token, info.kv_bytes, info.compute_bytes]
+    return [info.context_tokens, info.sequences, memory, costs, info.prefill_token_s]
+
+
+def decode_info(header: object) -> EngineInfo:
+    match header:
+        case [
+            int(context_tokens),
+            int(sequences),
+            [int(weights_bytes), int(kv_bytes_per_token), int(kv_bytes), int(compute_bytes)],
+            list(costs),
+            float() | int() as prefill_token_s,
+        ]:
+            return EngineInfo(
+                context_tokens=context_tokens,
+                sequences=sequences,
+                weights_bytes=weights_bytes,
+                kv_bytes_per_token=kv_bytes_per_token,
+                kv_bytes=kv_bytes,
+                compute_bytes=compute_bytes,
+                step_cost_s=dict(_cost_of(pair) for pair in costs),
+                prefill_token_s=prefill_token_s,
+            )
+    raise Nonsense("engine info")
+
+
+def _cost_of(pair: object) -> tuple[int, float]:
+    match pair:
+        case [int(sequences), float() | int() as cost_s]:
+            return sequences, cost_s
+    raise Nonsense("step cost")
+
+
+def encode_prompt(prompt: Prompt) -> list[object]:
+    return [prompt.text, prompt.messages, prompt.tokens, prompt.prompt_tokens, prompt.max_tokens]
+
+
+def decode_prompt(header: object) -> Prompt:
+    match header:
+        case [str(text), list(messages), list(tokens), int(prompt_tokens), int(max_tokens)]:
+            pairs = tuple(_message_of(message) for message in messages)
+            return Prompt(text, pairs, ints_of(tokens), prompt_tokens, max_tokens)
+    raise Nonsense("prompt")
+
+
+def _message_of(message: object) -> tuple[str, str]:
+    match message:
+        case [str(role), str(content)]:
+            return role, content
+    raise Nonsense("chat message")
+
+
+def encode_sampling(sampling: Sampling) -> list[object]:
+    cuts = [sampling.top_k, sampling.top_p, sampling.min_p]
+    return [sampling.temperature, cuts, sampling.repeat_penalty, sampling.seed, sampling.ignore_eos]
+
+
+def decode_sampling(header: object) -> Sampling:
+    match header:
+        case [
+            float() | int() as temperature,
+            [int(top_k), float() | int() as top_p, float() | int() as min_p],
+            float() | int() as repeat_penalty,
+            int(seed),
+            bool(ignore_eos),
+        ]:
+            return Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed, ignore_eos)
+    raise Nonsense("sampling")
+
+
+def encode_opened(opened: Opened) -> list[object]:
+    return [opened.tokens, opened.shared_tokens]
+
+
+def decode_opened(header: object) -> Opened:
+    match header:
+        case [list(tokens), int(shared_tokens)]:
+            return Opened(ints_of(tokens), shared_tokens)
+    raise Nonsense("opened")
+
+
+def decode_end(header: object) -> QuantumEnd:
+    match header:
+        case [int(quantum), bool(interrupted)]:
+            return QuantumEnd(quantum, interrupted)
+    raise Nonsense("end of a quantum")
+
+
+def encode_error(error: Exception) -> list[object]:
+    """Class, message and hint; what is not of our tree becomes a KernelFault of one line."""
+    if isinstance(error, errors.LlmosError):
+        return [type(error).__name__, error.message, error.hint]
+    line = " ".join(str(error).split())
+    return ["KernelFault", f"{type(error).__name__}: {line}" if line else type(error).__name__, ""]
+
+
+def decode_error(header: object) -> errors.LlmosError:
+    """The error as the worker raised it; of a class unknown here: KernelFault."""
+    match header:
+        case [str(name), str(message), str(hint)]:
+            kind = getattr(errors, name, None)
+            if isinstance(kind, type) and issubclass(kind, errors.LlmosError):
+                return kind(message, hint)
+            return errors.KernelFault(message, hint)
+    raise Nonsense("error")
+
+
+def ints_of(values: object) -> tuple[int, ...]:
+    """A JSON list of whole numbers as a tuple. Raises Nonsense."""
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise Nonsense("not a list of whole numbers")
+    return tuple(values)

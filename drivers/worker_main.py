@@ -1,0 +1,259 @@
+"""The child process that hosts an engine: `python -m drivers.worker_main SOCKET BRAKE LIFELINE NAME`.
+
+It loads the engine that the first frame names, then runs queued quanta, one step after another,
+and looks for commands between two steps. It ends when its parent does, however that ended.
+
+Owner: the main thread computes and sends; an engine's own threads may send log lines.
+Lock: one around each frame sent.
+Order: events leave as they happened; a reply leaves after all events of the steps before it.
+"""
+
+import importlib
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from drivers import wire
+from drivers.brake import AbortFlag, Brake
+from drivers.wire import Frame, Kind
+from kernel.device import Engine, EngineOptions, LogLine, Progress
+from kernel.errors import WorkerDied
+
+FLUSH_S = 0.004  # steps shorter than this share a frame, so that they do not wake the parent one by one
+PROGRESS_STEP = 0.005  # of a load
+
+
+class OpenEngine(Protocol):
+    """What a factory "module:function" names: loads a model, and returns its engine."""
+
+    def __call__(
+        self, path: str, options: EngineOptions, abort_flag: AbortFlag, progress: Progress, log: LogLine
+    ) -> Engine: ...
+
+
+class Channel:
+    """The worker's end of the socket: blocking, and gone when the parent is."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._sending = threading.Lock()
+        self._reader = wire.FrameReader()
+        self._poller = select.poll()
+        self._poller.register(sock, select.POLLIN)
+
+    def send(self, frame: Frame) -> None:
+        head = frame.encode_head()
+        with self._sending:
+            self._sock.sendall(head)
+            if frame.blob:
+                self._sock.sendall(frame.blob)
+
+    def receive(self, *, wait: bool) -> list[Frame]:
+        """All frames that are there; one that has begun is read to its end. Raises EOFError."""
+        frames: list[Frame] = []
+        while wait or self._reader.is_partial or self._poller.poll(0):
+            frames += self._reader.receive(self._sock)
+            wait = False
+        return frames
+
+
+class Worker:
+    """Runs quanta on one engine, and does what the parent asks between two steps."""
+
+    def __init__(self, channel: Channel, engine: Engine, brake: Brake) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._brake = brake
+        self._quanta: deque[tuple[int, dict[int, int]]] = deque()
+        self._unsent: list[bytes] = []  # packed steps
+        self._flushed_s = 0.0
+        self._operations: dict[Kind, Callable[[Frame], Frame]] = {
+            Kind.OPEN: self._open,
+            Kind.FEED: self._feed,
+            Kind.FORK: self._fork,
+            Kind.DUMP: self._dump,
+            Kind.RESTORE: self._restore,
+        }
+
+    def run(self) -> None:
+        """Until the parent hangs up (EOFError)."""
+        while True:
+            for frame in self._channel.receive(wait=not self._quanta):
+                self._obey(frame)
+            if self._quanta:
+                self._advance(*self._quanta[0])
+
+    def _advance(self, quantum: int, quota_tokens: dict[int, int]) -> None:
+        """One step of a quantum, or its end."""
+        interrupted = self._brake.stops(quantum)
+        started_s = time.monotonic()
+        event = None if interrupted else self._engine.step(quota_tokens)
+        if event is None:
+            self._quanta.popleft()
+            self._flush()
+            self._channel.send(Frame(Kind.END, [quantum, interrupted]))
+            return
+        self._unsent.append(wire.pack_step(quantum, event))
+        now_s = time.monotonic()
+        next_end_s = now_s + (now_s - started_s)  # the next step is likely to be as long
+        if next_end_s - self._flushed_s >= FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._channel.send(Frame(Kind.STEPS, blob=b"".join(self._unsent)))
+            self._unsent.clear()
+            self._flushed_s = time.monotonic()
+
+    def _obey(self, frame: Frame) -> None:
+        match frame:
+            case Frame(Kind.START, [int(quantum), list(seqs), list(tokens)]):
+                self._quanta.append((quantum, dict(zip(seqs, tokens, strict=True))))
+            case Frame(Kind.CLOSE, int(seq)):
+                self._flush()
+                self._engine.close(seq)
+                self._channel.send(Frame(Kind.CLOSED))
+            case _:
+                self._reply(frame)
+
+    def _reply(self, frame: Frame) -> None:
+        """Answer with a result or an error. An engine that says WorkerDied is beyond repair."""
+        try:
+            answer = self._operations[frame.kind](frame)
+        except WorkerDied:
+            raise
+        except Exception as error:
+            answer = Frame(Kind.ERROR, wire.encode_error(error))
+        self._flush()
+        self._channel.send(answer)
+
+    def _open(self, frame: Frame) -> Frame:
+        seq, prompt, sampling = _items(frame, 3)
+        opened = self._engine.open(_int(seq), wire.decode_prompt(prompt), wire.decode_sampling(sampling))
+        return Frame(Kind.REPLY, wire.encode_opened(opened))
+
+    def _feed(self, frame: Frame) -> Frame:
+        seq, prompt = _items(frame, 2)
+        opened = self._engine.feed(_int(seq), wire.decode_prompt(prompt))
+        return Frame(Kind.REPLY, wire.encode_opened(opened))
+
+    def _fork(self, frame: Frame) -> Frame:
+        source, target = _items(frame, 2)
+        self._engine.fork(_int(source), _int(target))
+        return Frame(Kind.REPLY)
+
+    def _dump(self, frame: Frame) -> Frame:
+        (seq,) = _items(frame, 1)
+        return Frame(Kind.REPLY, blob=self._engine.dump(_int(seq)))
+
+    def _restore(self, frame: Frame) -> Frame:
+        seq, prompt, sampling = _items(frame, 3)
+        opened = self._engine.restore(
+            _int(seq), wire.decode_prompt(prompt), wire.decode_sampling(sampling), frame.blob
+        )
+        return Frame(Kind.REPLY, wire.encode_opened(opened))
+
+
+def _items(frame: Frame, count: int) -> list[object]:
+    if not isinstance(frame.header, list) or len(frame.header) != count:
+        raise wire.Nonsense(f"{frame.kind.name} takes {count} values")
+    return frame.header
+
+
+def _int(value: object) -> int:
+    if not isinstance(value, int):
+        raise wire.Nonsense("not a sequence number")
+    return value
+
+
+def load(channel: Channel, brake: Brake) -> Engine:
+    """Open the engine that the first frame names, telling how far it is. Raises what the factory does."""
+    frame = channel.receive(wait=True)[0]
+    match frame:
+        case Frame(Kind.LOAD, [str(factory), str(path), options]):
+            module, _, function = factory.partition(":")
+            open_engine: OpenEngine = getattr(importlib.import_module(module), function)
+            return open_engine(
+                path, wire.decode_options(options), brake.abort_flag, _progress(channel), _log(channel)
+            )
+    raise wire.Nonsense("the first frame is not LOAD")
+
+
+def _progress(channel: Channel) -> Progress:
+    told = 0.0
+
+    def progress(fraction: float) -> bool:
+        nonlocal told
+        if fraction >= told + PROGRESS_STEP:
+            told = fraction
+            channel.send(Frame(Kind.PROGRESS, fraction))
+        return True  # the parent cancels a load by ending this process
+
+    return progress
+
+
+def _log(channel: Channel) -> LogLine:
+    return lambda level, text: channel.send(Frame(Kind.LOG, [level, text]))
+
+
+def main() -> int:
+    """Host an engine until the parent hangs up. Exit status: 0 then, 1 if the engine broke."""
+    sock_fd, brake_fd, lifeline_fd = map(int, sys.argv[1:4])
+    _leave_terminal()
+    threading.Thread(target=_die_with_parent, args=(lifeline_fd,), daemon=True).start()
+    channel = Channel(socket.socket(fileno=sock_fd))
+    brake = Brake(brake_fd)
+    try:
+        return _serve(channel, brake)
+    except (EOFError, ConnectionError):
+        return 0
+
+
+def _serve(channel: Channel, brake: Brake) -> int:
+    try:
+        engine = load(channel, brake)
+        channel.send(Frame(Kind.READY, wire.encode_info(engine.info)))
+    except (EOFError, ConnectionError):
+        raise
+    except Exception as error:
+        channel.send(Frame(Kind.ERROR, wire.encode_error(error)))
+        return 1
+    try:
+        Worker(channel, engine, brake).run()
+    except (EOFError, ConnectionError):
+        engine.shutdown()
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(Frame(Kind.FATAL, wire.encode_error(error)))
+    return 1
+
+
+def _leave_terminal() -> None:
+    """The parent has made this process a session of its own; ^C and ^Z are not for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a core would hold the weights
+
+
+def _die_with_parent(lifeline_fd: int) -> None:
+    """Exit when the parent's end of a pipe is gone, also in the middle of a step or a load.
+
+    Not prctl(PR_SET_PDEATHSIG): it fires when the parent's *thread* that started us ends.
+    """
+    os.read(lifeline_fd, 1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

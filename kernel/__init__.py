@@ -1,0 +1,1 @@
+"""The kernel: mechanism and policy. Imports the standard library only."""

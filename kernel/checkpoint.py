@@ -1,0 +1,143 @@
+"""A process as a file: its specification, its tokens, its replies, and its KV state.
+
+Layout (little-endian): magic, u32 version, u64 header length, u64 KV length, header (JSON), KV bytes,
+HMAC-SHA256 of all before it under this LLMOS's key. The KV state goes into a native parser, so it is
+used only when the MAC is ours and the model file is the same; otherwise tokens are computed again.
+Not here: engines (the dispatcher dumps and restores), the journal.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import struct
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kernel.device import Sampling
+from kernel.errors import CheckpointInvalid, LlmosError
+from kernel.process import ProcessSpec
+
+MAGIC = b"LLMOSCKP"
+VERSION = 1
+_FRAME = struct.Struct("<8sIQQ")
+_MAC_BYTES = 32
+HEADER_MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `save` writes. `kv` is None where there is none to trust."""
+
+    spec: ProcessSpec
+    model_digest: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+    replies: tuple[str, ...]
+    reply: str
+    prompt_tokens: int
+    output_tokens: int
+    kv: bytes | None
+
+
+def model_digest(path: Path) -> str:
+    """Tells two model files apart: size and the first mebibyte (which holds a GGUF's whole header)."""
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(1 << 20))
+    head.update(path.stat().st_size.to_bytes(8, "little"))
+    return head.hexdigest()
+
+
+def write(checkpoint: Checkpoint, path: Path, key: bytes) -> int:
+    """Write atomically, mode 0600: a temporary file, fsync, rename. Returns bytes. Raises LlmosError."""
+    blob = encode(checkpoint, key)
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise LlmosError(f"cannot write {path}: {error.strerror}") from error
+    return len(blob)
+
+
+def read(path: Path, key: bytes) -> Checkpoint:
+    """Raises CheckpointInvalid, or LlmosError if the file cannot be read."""
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise LlmosError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return decode(blob, key)
+    except CheckpointInvalid as error:
+        raise CheckpointInvalid(f"{path}: {error.message}", error.hint) from None
+
+
+def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
+    header = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name not in ("spec", "kv")}
+    header["spec"] = asdict(checkpoint.spec)
+    text = json.dumps(header, ensure_ascii=True).encode()
+    kv = checkpoint.kv or b""
+    body = _FRAME.pack(MAGIC, VERSION, len(text), len(kv)) + text + kv
+    return body + hmac.digest(key, body, "sha256")
+
+
+def decode(blob: bytes, key: bytes) -> Checkpoint:
+    """Raises CheckpointInvalid. With a foreign key the checkpoint is good, without its KV state."""
+    if len(blob) < _FRAME.size or not blob.startswith(MAGIC):
+        raise CheckpointInvalid("not a checkpoint")
+    _, version, header_bytes, kv_bytes = _FRAME.unpack_from(blob)
+    if version != VERSION:
+        raise CheckpointInvalid(f"checkpoint version {version}; this LLMOS reads version {VERSION}")
+    if header_bytes > HEADER_MAX_BYTES or len(blob) != _FRAME.size + header_bytes + kv_bytes + _MAC_BYTES:
+        raise CheckpointInvalid("the checkpoint is damaged: its length is wrong")
+    body, mac = blob[:-_MAC_BYTES], blob[-_MAC_BYTES:]
+    ours = hmac.compare_digest(hmac.digest(key, body, "sha256"), mac)
+    try:
+        header = json.loads(body[_FRAME.size : _FRAME.size + header_bytes])
+        kv = body[_FRAME.size + header_bytes :] if ours and kv_bytes else None
+        return _checkpoint(header, kv)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointInvalid("the checkpoint is damaged: its header makes no sense") from error
+
+
+def _checkpoint(header: dict[str, Any], kv: bytes | None) -> Checkpoint:
+    """A checkpoint from its header; every type is checked, as the file may be anybody's."""
+    spec = dict(header.pop("spec"))
+    sampling = _typed(Sampling, spec.pop("sampling"))
+    spec["prompts"] = tuple(spec["prompts"])
+    checkpoint = Checkpoint(
+        spec=_typed(ProcessSpec, spec | {"sampling": sampling}),
+        kv=kv,
+        tokens=tuple(header.pop("tokens")),
+        replies=tuple(header.pop("replies")),
+        **header,
+    )
+    texts = (*checkpoint.spec.prompts, *checkpoint.replies, checkpoint.reply, checkpoint.model_digest)
+    counts = (checkpoint.prompt_length, checkpoint.prompt_tokens, checkpoint.output_tokens)
+    if not all(type(t) is str for t in texts) or not all(type(n) is int for n in counts + checkpoint.tokens):
+        raise TypeError("field of the wrong type")
+    if not 0 <= checkpoint.prompt_length <= len(checkpoint.tokens):
+        raise ValueError("prompt longer than the sequence")
+    if len(checkpoint.replies) >= len(checkpoint.spec.prompts):
+        raise ValueError("nothing left to answer")
+    return checkpoint
+
+
+def _typed(kind: type, values: dict[str, Any]) -> Any:
+    """A flat dataclass from a mapping, each value of its default's type."""
+    made = kind(**values)
+    for name, default in ((f.name, f.default) for f in fields(kind)):
+        value = getattr(made, name)
+        if isinstance(default, float) and type(value) is int:
+            continue
+        if isinstance(default, str | int | float) and type(value) is not type(default):
+            raise TypeError(name)
+    return made

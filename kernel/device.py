@@ -1,0 +1,319 @@
+"""The contracts that drivers fill, and the values that cross them.
+
+Two levels, on purpose. An `Engine` is one model open on one device: plain, single-threaded code
+that computes. An `EngineHost` is what the dispatcher holds: the same engine behind a queue of
+quanta, either in a supervised child process (`drivers.worker`) or on the dispatcher's own thread
+(`InlineHost` here). The kernel cannot tell which.
+
+Not here: who runs next (scheduler), what memory is left (memory), where model files are (llmos.store).
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+Finish = Literal["stop", "length", "context"]
+"""Why a sequence ended: end-of-generation token, max_tokens reached, context window full."""
+
+Progress = Callable[[float], bool]
+"""Told the fraction (0 to 1) of a load that is done; returns False to cancel it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A thing with memory and compute. `name` is unique on the machine: "cpu", "gpu0"."""
+
+    name: str
+    kind: Literal["cpu", "cuda", "metal", "sim"]
+    description: str
+    memory_bytes: int
+
+    @property
+    def pool(self) -> str:
+        """The ledger's name for its memory: a CPU computes in the host's RAM."""
+        return "ram" if self.kind == "cpu" else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a file's header says, read without loading it."""
+
+    path: Path
+    format: str  # "gguf", "safetensors", "sim"
+    architecture: str
+    file_bytes: int
+    parameters: int
+    context_tokens: int  # the window the model was trained for
+    quantization: str  # "Q8_0", "F16", ...
+    kv_bytes_per_token: int  # at 16-bit keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to open a model. `context_tokens` is per sequence; 0 lets the driver choose."""
+
+    context_tokens: int = 0
+    sequences: int = 0  # seats in the KV cache; 0 lets the driver choose
+    threads: int = 0  # compute threads; 0 lets the driver choose
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes a model will take on its device before a byte is loaded."""
+
+    weights_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """An open engine, as measured after the load."""
+
+    context_tokens: int  # per sequence
+    sequences: int  # seats: sequences that can hold KV at once
+    weights_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int  # committed for all seats together
+    compute_bytes: int
+    step_cost_s: Mapping[int, float]  # measured seconds of one decode step, by sequences in it
+    prefill_token_s: float  # measured seconds per prompt token in a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn: a pure function of (seed, position, logits). temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a sequence starts from: text (tokenised by the engine) or tokens (a replay).
+
+    `messages` wins over `text`: the model file's chat template is applied to it; a pair is
+    (role, content). With `tokens`, the first `prompt_tokens` of them are prompt, the rest were
+    generated before: they are computed again, not emitted again.
+    """
+
+    text: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+    tokens: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    max_tokens: int = 0  # output tokens allowed in all; 0 = until the context window is full
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to `open`: the prompt as tokens, and how many of them are already in the KV cache."""
+
+    tokens: tuple[int, ...]
+    shared_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """What one step did for one sequence."""
+
+    seq: int
+    prompt_tokens: int  # prompt (or replayed) tokens computed in this step
+    token: int | None  # the token drawn; None while the prompt is not finished
+    text: str  # complete characters that became ready
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One forward pass of an engine."""
+
+    quantum: int
+    step_s: float  # device seconds, sampling included
+    sequences: tuple[SequenceStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantumEnd:
+    """A quantum is over: quotas used up, nothing left to run, or interrupted."""
+
+    quantum: int
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quantum:
+    """One grant of steps: tokens to compute (prompt and output alike) per sequence."""
+
+    id: int
+    quota_tokens: Mapping[int, int]
+
+
+class Engine(Protocol):
+    """One model open on one device. Single-threaded; may live in a child process.
+
+    `seq` is chosen by the caller, below `info.sequences`. A wrong argument raises a LlmosError
+    and changes nothing; it never aborts the process.
+    """
+
+    info: EngineInfo
+
+    def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
+        """Begin a sequence; on a seq in use, end the old one first.
+
+        Raises ContextFull (the prompt leaves no room for one token), UsageError (an empty prompt,
+        or one the model has no tokens for).
+        """
+
+    def feed(self, seq: int, prompt: Prompt) -> Opened:
+        """Append a chat turn to a sequence that has finished, keeping its KV. Raises as `open`.
+
+        Returns only the new tokens. `prompt.max_tokens` counts anew.
+        """
+
+    def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
+        """Run one forward pass over sequences with quota left, and deduct what was computed.
+
+        Returns None if no sequence with quota has anything to compute. `quantum` is 0 in the
+        event; the host fills it in. Prompts go in chunks between other sequences' tokens. A step cut short by
+        `abort` reports what it finished, perhaps nothing.
+        """
+
+    def fork(self, source: int, target: int) -> None:
+        """Make `target` a copy of `source`, KV included."""
+
+    def dump(self, seq: int) -> bytes:
+        """The KV state of a sequence as bytes. The sequence goes on."""
+
+    def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
+        """Begin a sequence whose KV is known: `prompt.tokens` are all its tokens.
+
+        Raises CheckpointInvalid if the engine does not take these bytes; then nothing is open.
+        """
+
+    def close(self, seq: int) -> None:
+        """End a sequence and free its KV. Closing one that is not open does nothing."""
+
+    def shutdown(self) -> None:
+        """Release everything."""
+
+
+class EngineHost(Protocol):
+    """An engine behind a queue of quanta. One thread (the dispatcher) calls all but `interrupt`.
+
+    Every method but `interrupt` and `shutdown` raises WorkerDied if the engine is gone. Calls other than
+    `start` and `poll` take effect between two steps, also in the middle of a quantum.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """As measured after the load."""
+
+    def start(self, quantum: Quantum) -> None:
+        """Queue a quantum and return at once. At most two are queued; ids rise."""
+
+    def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
+        """Wait for the next event, in order; None when the time is up (or nothing is queued)."""
+
+    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+        """End every quantum up to this id after the current step; with `hard`, within it.
+
+        From any thread. The QuantumEnd still arrives.
+        """
+
+    def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened: ...
+    def feed(self, seq: int, prompt: Prompt) -> Opened: ...
+    def fork(self, source: int, target: int) -> None: ...
+    def dump(self, seq: int) -> bytes: ...
+    def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened: ...
+    def close(self, seq: int) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+LogLine = Callable[[str, str], None]
+"""Takes one line of an engine's chatter: (level, text); level is "debug", "info", "warn", "error"."""
+
+
+class Driver(Protocol):
+    """Code that opens engines of one kind."""
+
+    name: str
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        """Devices this driver can use on this machine; none is not an error."""
+
+    def inspect(self, path: Path) -> ModelInfo:
+        """Read the header in pure Python. Raises ModelInvalid, ModelNotFound."""
+
+    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        """Bytes needed, before loading."""
+
+    def open(
+        self,
+        model: ModelInfo,
+        device: DeviceInfo,
+        options: EngineOptions,
+        progress: Progress,
+        log: LogLine,
+    ) -> EngineHost:
+        """Load. Raises ModelInvalid, AdmissionRefused, Interrupted (cancelled), WorkerDied."""
+
+
+@dataclass
+class InlineHost:
+    """Hosts an engine on the calling thread: `poll` runs the next step. No supervision."""
+
+    engine: Engine
+    _queue: list[tuple[int, dict[int, int]]] = field(default_factory=list)
+    _stop_through: int = -1
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.engine.info
+
+    def start(self, quantum: Quantum) -> None:
+        self._queue.append((quantum.id, dict(quantum.quota_tokens)))
+
+    def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
+        if not self._queue:
+            return None
+        quantum_id, quota = self._queue[0]
+        interrupted = quantum_id <= self._stop_through
+        event = None if interrupted else self.engine.step(quota)
+        if event is None:
+            self._queue.pop(0)
+            return QuantumEnd(quantum_id, interrupted)
+        return StepEvent(quantum_id, event.step_s, event.sequences)
+
+    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+        self._stop_through = max(self._stop_through, quantum)
+
+    def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
+        return self.engine.open(seq, prompt, sampling)
+
+    def feed(self, seq: int, prompt: Prompt) -> Opened:
+        return self.engine.feed(seq, prompt)
+
+    def fork(self, source: int, target: int) -> None:
+        self.engine.fork(source, target)
+
+    def dump(self, seq: int) -> bytes:
+        return self.engine.dump(seq)
+
+    def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
+        return self.engine.restore(seq, prompt, sampling, kv)
+
+    def close(self, seq: int) -> None:
+        self.engine.close(seq)
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()

@@ -1,0 +1,389 @@
+"""The dispatcher: drives the engines of one device.
+
+Owner: one per device; on a thread of its own, or stepped by hand under a hand-fed clock.
+Lock: the process table's, taken to plan and to commit, never held while an engine is called.
+Order of one round: requests, closing, seating, launching (two quanta in flight, so that the device never
+waits for us), then the next event.
+Not here: who runs (scheduler), what an exit means (kernel).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from kernel.clock import Clock
+from kernel.config import KernelConfig
+from kernel.device import DeviceInfo, Prompt, QuantumEnd, SequenceStep, StepEvent
+from kernel.errors import CheckpointInvalid, ContextFull, LlmosError, WorkerDied
+from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
+from kernel.models import Model
+from kernel.monitor import DeviceMeter
+from kernel.process import Process, ProcessTable, State, Thread
+from kernel.scheduler import Flight, Grant, Scheduler
+
+QUANTA_IN_FLIGHT = 2
+STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
+
+
+class Lifecycle(Protocol):
+    """What the dispatcher tells the kernel. Called with the table's lock held."""
+
+    def ended(self, process: Process, exit_code: int, error: LlmosError | None = None) -> None:
+        """A process is done."""
+
+    def worker_died(self, model: Model, error: WorkerDied) -> None:
+        """A model's engine is gone; its threads have been taken off their seats."""
+
+
+class Dispatcher:
+    """One device's engines, seats and quanta."""
+
+    def __init__(
+        self, device: DeviceInfo, config: KernelConfig, table: ProcessTable, clock: Clock, life: Lifecycle
+    ) -> None:
+        self.device = device
+        self.config = config
+        self.table = table
+        self.clock = clock
+        self.life = life
+        self.scheduler = Scheduler(config)  # guarded by table.lock
+        self.meter = DeviceMeter(config.rate_window_s, clock.now_s())  # guarded by table.lock
+        self.models: list[Model] = []  # guarded by table.lock
+        self.flights = self.scheduler.flights  # guarded by table.lock
+        self.last_quantum = 0
+        self._stalls = 0
+        self._requests: deque[Callable[[], None]] = deque()  # guarded by table.lock
+        self._wakeup = threading.Condition(table.lock)
+        self._dirty = False  # guarded by table.lock
+        self._stopping = False  # guarded by table.lock
+
+    # From any thread
+
+    def submit(self, request: Callable[[], None]) -> None:
+        """Have a request run on the dispatcher's thread, between events."""
+        with self.table.lock:
+            self._requests.append(request)
+            self.wake_up()
+
+    def wake_up(self) -> None:
+        """Something changed that may give the device work. With the table's lock held."""
+        self._dirty = True
+        self._wakeup.notify()
+
+    def interrupt(self) -> None:
+        """End the quanta in flight at the next step. With the table's lock held."""
+        if self.flights:
+            self.flights[-1].model.open_host().interrupt(self.flights[-1].id)
+
+    def stop(self) -> None:
+        """End `run`, after the quanta in flight."""
+        with self.table.lock:
+            self._stopping = True
+            self.interrupt()
+            self.wake_up()
+
+    # On the dispatcher's thread
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping:
+            with self.table.lock:
+                self._wakeup.wait_for(lambda: self._dirty or self._stopping)
+                self._dirty = False
+            while not self._stopping and self.advance():
+                pass
+
+    def advance(self) -> bool:
+        """One round; False if there was nothing to do."""
+        worked = self.serve_requests()
+        for model in tuple(self.models):
+            try:
+                worked |= self._close_vacated(model) | self._fill_seats(model)
+            except WorkerDied as error:
+                self._lost(model, error)
+        while len(self.flights) < QUANTA_IN_FLIGHT and self._launch():
+            worked = True
+        if self.flights:
+            self._next_event()
+            worked = True
+        return worked
+
+    def drain(self) -> None:
+        """End the quanta in flight and commit what they did; then threads and KV agree."""
+        with self.table.lock:
+            self.interrupt()
+        while self.flights:
+            self._next_event()
+
+    def swap_out(self, model: Model, thread: Thread) -> None:
+        """Move a seated thread's KV to RAM and free its seat."""
+        self.drain()
+        if thread.seat is None:
+            return
+        kv = model.open_host().dump(thread.seat) if thread.computed else None
+        with self.table.lock:
+            thread.kv = kv
+            model.vacate(thread, 0)
+            if thread in model.queue:
+                model.queue.seat(thread, False)
+        self._close_vacated(model)
+
+    def serve_requests(self) -> bool:
+        """Run what was submitted; False if there was nothing."""
+        worked = False
+        while True:
+            with self.table.lock:
+                if not self._requests:
+                    return worked
+                request = self._requests.popleft()
+            request()
+            worked = True
+
+    def _close_vacated(self, model: Model) -> bool:
+        while model.to_close:
+            model.open_host().close(model.to_close[0])
+            with self.table.lock:
+                model.to_close.pop(0)
+        return False
+
+    # Seats
+
+    def _fill_seats(self, model: Model) -> bool:
+        """Give free seats to those who wait, and contested ones to those with a better claim."""
+        worked = False
+        while True:
+            with self.table.lock:
+                thread = model.queue.first_waiting() if model.host else None
+                if thread is None:
+                    return worked
+                victim = None if model.free_seat() is not None else self._victim(model, thread)
+                if victim is None and not self._sit(model, thread):
+                    return worked
+            if victim is not None:
+                self.swap_out(model, victim)
+                with self.table.lock:
+                    if thread not in model.queue or not self._sit(model, thread):
+                        continue  # it was killed meanwhile
+            self._open(model, thread)
+            worked = True
+
+    @staticmethod
+    def _sit(model: Model, thread: Thread) -> bool:
+        """Take the lowest free seat, if there is one."""
+        seat = model.free_seat()
+        if seat is None:
+            return False
+        thread.seat = seat
+        model.seats[seat] = thread
+        return True
+
+    def _victim(self, model: Model, waiting: Thread) -> Thread | None:
+        """A seated thread that should make room: an idle one, a much lighter one, or one far ahead."""
+        seated = [t for t in model.seats if t is not None]
+        for thread in seated:
+            if thread not in model.queue:
+                return thread
+        if not seated or model.draining:  # a seat is about to be free
+            return None
+        lightest = min(seated, key=lambda t: t.weight)
+        if waiting.weight >= 2 * lightest.weight:
+            return lightest
+        ahead = max(seated, key=model.queue.vruntime)
+        slice_units = self.config.seat_slice_s / model.decode_s(len(seated)) * OUTPUT_UNITS
+        lead = model.queue.vruntime(ahead) - model.queue.vruntime(waiting)
+        return ahead if lead * waiting.weight > slice_units else None
+
+    def _open(self, model: Model, thread: Thread) -> None:
+        """Begin, or take up again, a thread's sequence on its seat; pass over prompts that cannot be."""
+        while True:
+            try:
+                opened_tokens, computed = self._open_sequence(model, thread)
+                break
+            except WorkerDied:
+                raise
+            except LlmosError as error:
+                if not self._next_item(thread, error):
+                    return
+        with self.table.lock:
+            process = thread.process
+            thread.computed = computed
+            if not thread.tokens:
+                thread.tokens.extend(opened_tokens)
+                thread.prompt_length = len(opened_tokens)
+                process.prompt_tokens += len(opened_tokens)
+                process.shared_tokens += computed
+            if thread in model.queue:
+                model.queue.seat(thread, True)
+                process.state, process.waits_for = State.RUNNABLE, ""
+
+    def _open_sequence(self, model: Model, thread: Thread) -> tuple[tuple[int, ...], int]:
+        """Returns the tokens of a new prompt and how many of the tokens have their KV already."""
+        host, process, seat = model.open_host(), thread.process, thread.seat
+        assert seat is not None
+        sampling = process.spec.sampling
+        if not thread.tokens:
+            opened = host.open(seat, process.prompt(), sampling)
+            return opened.tokens, opened.shared_tokens
+        prompt = Prompt(
+            tokens=tuple(thread.tokens),
+            prompt_tokens=thread.prompt_length,
+            max_tokens=process.spec.max_tokens,
+        )
+        kv, thread.kv = thread.kv, None
+        if kv is not None:
+            try:
+                host.restore(seat, prompt, sampling, kv)
+                return (), len(thread.tokens) - 1
+            except CheckpointInvalid:
+                pass  # of another build or model: compute it again from the tokens
+        return (), host.open(seat, prompt, sampling).shared_tokens
+
+    # Quanta
+
+    def _launch(self) -> bool:
+        """Plan a quantum and start it."""
+        with self.table.lock:
+            flight = self.scheduler.plan(self.last_quantum + 1)
+            if flight is None:
+                return False
+            self.last_quantum = flight.id
+            quota = {t.seat: grant.tokens for t, grant in flight.grants.items() if t.seat is not None}
+            for thread in flight.grants:
+                thread.process.state = State.RUNNING
+        try:
+            flight.model.open_host().start(flight.quantum(quota))
+        except WorkerDied as error:
+            self._lost(flight.model, error)
+        return True
+
+    def _next_event(self) -> None:
+        """Wait for an engine's next event and commit it."""
+        model = self.flights[0].model
+        try:
+            event = model.open_host().poll(None)
+            if isinstance(event, StepEvent):
+                for thread, error in self._commit(self.flights[0], event):
+                    if self._next_item(thread, error):
+                        self._open(model, thread)
+            elif isinstance(event, QuantumEnd):
+                self._end_flight(event)
+        except WorkerDied as error:
+            self._lost(model, error)
+
+    def _end_flight(self, event: QuantumEnd) -> None:
+        with self.table.lock:
+            flight, model = self.flights[0], self.flights[0].model
+            moved = event.interrupted or flight.used_s > 0.0
+            self._stalls = 0 if moved else self._stalls + 1
+            if self._stalls >= STALLS_MAX:
+                self._stalls = 0
+                raise WorkerDied(f"the engine of {model.name} makes no progress")
+            self.scheduler.end(flight)
+            model.draining = {seat: last for seat, last in model.draining.items() if last > flight.id}
+            still = {thread for other in self.flights for thread in other.grants}
+            for thread in flight.grants:
+                if thread not in still and thread.process.state is State.RUNNING:
+                    thread.process.state = State.RUNNABLE
+
+    def _commit(self, flight: Flight, event: StepEvent) -> list[tuple[Thread, LlmosError | None]]:
+        """Book what a step did; returns the threads whose item ended."""
+        ended: list[tuple[Thread, LlmosError | None]] = []
+        with self.table.lock:
+            now_s = self.clock.now_s()
+            flight.used_s += event.step_s
+            units = [
+                s.prompt_tokens * PROMPT_UNITS + (s.token is not None) * OUTPUT_UNITS for s in event.sequences
+            ]
+            total = sum(units) or 1.0
+            flight.model.queue.served(total)
+            for step, used in zip(event.sequences, units, strict=True):
+                thread = flight.model.seats[step.seq]
+                if thread is None:
+                    continue  # killed meanwhile: it gets nothing after the acknowledgement
+                self._book(flight, thread, step, used)
+                thread.process.device_s += event.step_s * used / total
+                if step.token is not None:
+                    self._emit(thread.process, thread, step, now_s)
+                if step.finish is not None:
+                    ended.append((thread, self._complaint(flight.model, step)))
+            self._measure(event, now_s)
+        return ended
+
+    @staticmethod
+    def _book(flight: Flight, thread: Thread, step: SequenceStep, used: float) -> None:
+        tokens = step.prompt_tokens + (step.token is not None)
+        grant = flight.grants.setdefault(thread, Grant())
+        grant.used_tokens += tokens
+        grant.used_units += used
+        thread.granted -= tokens
+        thread.process.share_received += used
+        # A drawn token's own KV is computed in the step after; the step before's in this one.
+        thread.computed = min(thread.computed + tokens, len(thread.tokens) - (step.token is None))
+
+    @staticmethod
+    def _emit(process: Process, thread: Thread, step: SequenceStep, now_s: float) -> None:
+        assert step.token is not None
+        thread.tokens.append(step.token)
+        thread.computed = len(thread.tokens) - 1
+        process.output_tokens += 1
+        process.rate.count(1, now_s)
+        if process.first_token_s is None:
+            process.first_token_s = now_s - process.started_s
+        process.write(step.text)
+
+    @staticmethod
+    def _complaint(model: Model, step: SequenceStep) -> LlmosError | None:
+        if step.finish != "context":
+            return None
+        window = model.open_host().info.context_tokens
+        return ContextFull(
+            f"the context window of {window} tokens is full", "load the model with a larger --ctx"
+        )
+
+    def _measure(self, event: StepEvent, now_s: float) -> None:
+        meter = self.meter
+        meter.busy.count(event.step_s, now_s)
+        meter.output.count(sum(s.token is not None for s in event.sequences), now_s)
+        meter.prefill.count(sum(s.prompt_tokens for s in event.sequences), now_s)
+        meter.steps.count(1, now_s)
+        meter.sequences.count(len(event.sequences), now_s)
+
+    # Ends
+
+    def _next_item(self, thread: Thread, error: LlmosError | None) -> bool:
+        """A prompt is answered, or failed; True if there is another one and a seat to answer it on."""
+        process = thread.process
+        with self.table.lock:
+            if not process.alive:
+                return False
+            process.finish_item(error)
+            if process.item == len(process.spec.prompts):
+                self._exit(process)
+                return False
+            thread.restart()
+            return thread.seat is not None
+
+    def _exit(self, process: Process) -> None:
+        error, failed = process.error, process.items_failed
+        total = len(process.spec.prompts)
+        if error is not None and total > 1:
+            error = type(error)(f"{failed} of {total} prompts failed; the first: {error.message}", error.hint)
+        self.life.ended(process, error.exit_code if error else 0, error)
+
+    def _lost(self, model: Model, error: WorkerDied) -> None:
+        """The engine is gone. Everything needed to go on is in the process table."""
+        with self.table.lock:
+            for flight in [f for f in self.flights if f.model is model]:
+                self.scheduler.end(flight)
+            for thread in [t for t in model.seats if t is not None]:
+                thread.seat, thread.computed = None, 0
+                if thread in model.queue:
+                    model.queue.seat(thread, False)
+                    thread.process.state = State.RUNNABLE
+            host, model.host = model.host, None
+            model.seats, model.draining, model.to_close = [], {}, []
+        if host is not None:
+            host.shutdown()
+        with self.table.lock:
+            self.life.worker_died(model, error)

@@ -1,0 +1,102 @@
+"""Loading: opens a model's engine, off the dispatcher's thread, and opens it again when its worker died.
+
+Owner: the kernel. Lock: the process table's, never held while a driver loads.
+Not here: which file a name means (the catalog), what the processes do meanwhile (kernel).
+"""
+
+import threading
+from collections.abc import Callable
+
+from kernel.clock import Clock
+from kernel.config import KernelConfig
+from kernel.device import EngineHost, EngineInfo
+from kernel.errors import Interrupted, KernelFault, LlmosError
+from kernel.memory import MemoryLedger
+from kernel.models import Model
+
+Log = Callable[[str, str, str], None]  # level, source, text
+
+
+class Loader:
+    """Turns a model record into an open engine."""
+
+    def __init__(
+        self,
+        config: KernelConfig,
+        clock: Clock,
+        ledger: MemoryLedger,
+        log: Log,
+        done: Callable[[Model, EngineHost | None, LlmosError | None], None],
+        *,
+        threaded: bool,
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.ledger = ledger
+        self.log = log
+        self.done = done
+        self.threaded = threaded
+
+    def load(self, model: Model, delay_s: float = 0.0) -> None:
+        """Claim the memory, then open the engine; `done` hears of it. Raises AdmissionRefused."""
+        if not delay_s:
+            estimate = model.driver.estimate(model.info, model.options)
+            sizes = {
+                "weights": estimate.weights_bytes,
+                "kv": estimate.kv_bytes,
+                "compute": estimate.compute_bytes,
+            }
+            self.ledger.claim(model.device.pool, model.name, sizes)
+        if self.threaded:
+            name = f"load {model.name}"
+            threading.Thread(target=self._open, args=(model, delay_s), name=name, daemon=True).start()
+        else:
+            self._open(model, delay_s)
+
+    def reload(self, model: Model) -> None:
+        """Open a model again after its worker died, later each time.
+
+        Raises KernelFault (quarantine) when it died too often in too short a time.
+        """
+        now_s, window_s = self.clock.now_s(), self.config.restart_window_s
+        recent = [at_s for at_s in model.restarts_s if now_s - at_s < window_s]
+        if len(recent) >= self.config.restarts_max:
+            raise KernelFault(
+                f"the worker of {model.name} died {len(recent) + 1} times in {window_s:.0f} s: quarantined",
+                f"`dmesg` tells why; `unload {model.name}` lifts the quarantine",
+            )
+        model.restarts_s.append(now_s)
+        self.load(model, self.config.restart_backoff_s * 2 ** len(recent))
+
+    def _open(self, model: Model, delay_s: float) -> None:
+        """On a thread of its own."""
+        if delay_s:
+            self.clock.sleep(delay_s)
+        host, error = None, None
+        try:
+            host = model.driver.open(
+                model.info,
+                model.device,
+                model.options,
+                lambda fraction: self._progress(model, fraction),
+                lambda level, text: self.log(level, model.name, text),
+            )
+            if model.cancelled:
+                raise Interrupted(f"loading {model.name} was cancelled")
+            self._correct(model, host.info)
+        except LlmosError as caught:
+            error = caught
+        except Exception as caught:  # a driver's bug must not leave its processes waiting for ever
+            error = KernelFault(f"loading {model.name} failed: {type(caught).__name__}: {caught}")
+        if error is not None and host is not None:
+            host.shutdown()
+        self.done(model, host if error is None else None, error)
+
+    def _correct(self, model: Model, info: EngineInfo) -> None:
+        sizes = {"weights": info.weights_bytes, "kv": info.kv_bytes, "compute": info.compute_bytes}
+        self.ledger.correct(model.device.pool, model.name, sizes)
+
+    @staticmethod
+    def _progress(model: Model, fraction: float) -> bool:
+        model.progress = fraction
+        return not model.cancelled

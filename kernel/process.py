@@ -1,0 +1,221 @@
+"""Processes, their threads, and the process table.
+
+Owner: the kernel. Lock: everything here is guarded by the table's lock (`ProcessTable.lock`),
+the first in the lock order; it is never held while a driver runs or a file is written.
+Not here: who runs next (scheduler), what a program does at a turn's end (kernel).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+from kernel.clock import Clock
+from kernel.config import KernelConfig
+from kernel.device import Prompt, Sampling
+from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNotFound
+from kernel.fairness import weight_of
+from kernel.monitor import Rate
+from kernel.stream import Stream
+
+
+class State(Enum):
+    """NEW -> RUNNABLE <-> RUNNING <-> SLEEPING | STOPPED | SWAPPED -> ZOMBIE -> reaped."""
+
+    NEW = "NEW"
+    RUNNABLE = "RUNNABLE"
+    RUNNING = "RUNNING"
+    SLEEPING = "SLEEPING"
+    STOPPED = "STOPPED"
+    SWAPPED = "SWAPPED"
+    ZOMBIE = "ZOMBIE"
+
+
+class Signal(IntEnum):
+    """As in Unix, with its numbers."""
+
+    INT = 2
+    KILL = 9
+    TERM = 15
+    CONT = 18
+    STOP = 19
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """What to run; all that is needed to run it again.
+
+    `prompts` are answered in order, each from a fresh context. With `lines`, each reply is one
+    line of output (line breaks inside it become spaces). With `raw`, the chat template is not applied.
+    """
+
+    model: str
+    prompts: tuple[str, ...]
+    program: str = "generate"
+    lines: bool = False
+    raw: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 0  # output tokens per prompt; 0 = until the window is full
+    nice: int = 0
+    command: str = ""
+    context_tokens: int = 0  # asked of the model if this process makes it load; 0 = the driver's choice
+
+
+@dataclass(slots=True, eq=False)
+class Thread:
+    """One sequence on one engine: the unit the scheduler runs."""
+
+    process: "Process"
+    index: int = 0
+    seat: int | None = None  # its seat in the engine's KV cache
+    tokens: list[int] = field(default_factory=list, repr=False)  # prompt, then output
+    prompt_length: int = 0  # how many of `tokens` are prompt
+    computed: int = 0  # tokens whose KV exists
+    kv: bytes | None = field(default=None, repr=False)  # KV state swapped out to RAM
+    granted: int = 0  # tokens granted in quanta in flight and not yet computed
+    lag: float = 0.0  # service units owed, kept while it is not runnable
+
+    @property
+    def weight(self) -> float:
+        """A process's weight is divided among its threads."""
+        return weight_of(self.process.nice) / len(self.process.threads)
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to compute when the quanta in flight have ended; at least 1, if it can go on."""
+        return max(1, len(self.tokens) - self.computed - self.granted)
+
+    def restart(self) -> None:
+        """Forget the sequence: the next item begins."""
+        self.tokens.clear()
+        self.prompt_length = self.computed = 0
+        self.kv = None
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """One row of the table."""
+
+    pid: int
+    ppid: int
+    spec: ProcessSpec = field(repr=False)
+    model: str  # resolved name
+    nice: int
+    started_s: float  # the clock's seconds
+    started_wall_s: float
+    rate: Rate
+    state: State = State.NEW
+    threads: list[Thread] = field(default_factory=list, repr=False)
+    stdout: Stream = field(default_factory=Stream)
+    replies: list[str] = field(default_factory=list, repr=False)  # finished items
+    reply: list[str] = field(default_factory=list, repr=False)  # pieces of the current one
+    waits_for: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    shared_tokens: int = 0
+    device_s: float = 0.0
+    share_due: float = 0.0
+    share_received: float = 0.0
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    exit_code: int | None = None
+    error: LlmosError | None = None
+    items_failed: int = 0
+    reaped: bool = False
+
+    @property
+    def item(self) -> int:
+        """Index of the prompt being answered."""
+        return len(self.replies)
+
+    @property
+    def alive(self) -> bool:
+        return self.state is not State.ZOMBIE
+
+    def prompt(self) -> Prompt:
+        """The current prompt, as the engine wants it."""
+        text, limit = self.spec.prompts[self.item], self.spec.max_tokens
+        if self.spec.raw:
+            return Prompt(text=text, max_tokens=limit)
+        return Prompt(messages=(("user", text),), max_tokens=limit)
+
+    def tokens(self) -> int:
+        """Tokens now in the window, all threads."""
+        return sum(len(thread.tokens) for thread in self.threads)
+
+    def write(self, text: str) -> None:
+        """Emit output, as the spec wants it."""
+        self.reply.append(text)
+        self.stdout.write(" ".join(text.splitlines()) if self.spec.lines and "\n" in text else text)
+
+    def finish_item(self, error: LlmosError | None = None) -> None:
+        """The current prompt is answered, or could not be; a job of many lines goes on after a bad one."""
+        self.replies.append("".join(self.reply))
+        self.reply.clear()
+        if self.spec.lines:
+            self.stdout.write("\n")
+        if error is not None:
+            self.items_failed += 1
+            self.error = self.error or error
+
+
+class ProcessTable:
+    """PID to process. PID 1 is LLMOS itself and has no row."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)  # notified when a process or a model changes state
+        self._rows: dict[int, Process] = {}  # guarded by lock
+        self._reaped: deque[int] = deque()  # guarded by lock; oldest first
+        self._next_pid = 2  # guarded by lock
+
+    def __iter__(self) -> Iterator[Process]:
+        """The rows that `ps` lists: not reaped."""
+        return (process for process in self._rows.values() if not process.reaped)
+
+    def add(self, spec: ProcessSpec, model: str, ppid: int, clock: Clock) -> Process:
+        """A new row. Raises AdmissionRefused when the table is full."""
+        if len(self._rows) - len(self._reaped) >= self.config.processes_max:
+            raise AdmissionRefused(f"the process table is full ({self.config.processes_max} processes)")
+        now_s = clock.now_s()
+        rate = Rate(self.config.rate_window_s, now_s)
+        process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s(), rate)
+        process.threads.append(Thread(process))
+        self._next_pid += 1
+        self._rows[process.pid] = process
+        return process
+
+    def get(self, pid: int) -> Process:
+        """Raises ProcessNotFound."""
+        process = self._rows.get(pid)
+        if process is None:
+            hint = "1 is LLMOS itself" if pid == 1 else "`ps -a` lists processes"
+            raise ProcessNotFound(f"no process {pid}", hint)
+        return process
+
+    def alive(self, pid: int) -> Process:
+        """Raises ProcessNotFound, NotPermitted (it has ended)."""
+        process = self.get(pid)
+        if not process.alive:
+            raise NotPermitted(f"process {pid} has ended (exit code {process.exit_code})")
+        return process
+
+    def reap(self, process: Process) -> None:
+        """Take an ended process off the list; the last ones are kept for `finished`."""
+        if not process.reaped:
+            process.reaped = True
+            self._reaped.append(process.pid)
+            if len(self._reaped) > self.config.finished_max:
+                del self._rows[self._reaped.popleft()]
+
+    def finished(self) -> Iterator[Process]:
+        return (self._rows[pid] for pid in self._reaped)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError."""
+        for process in self._rows.values():
+            assert (process.exit_code is not None) == (process.state is State.ZOMBIE), process
+            assert process.alive or not any(t.seat is not None for t in process.threads), process
+            assert len(process.replies) <= len(process.spec.prompts), process

@@ -1,0 +1,126 @@
+"""Frozen views for readers: the shell, the monitor, plugins, other programs.
+
+Names here are public: `ps --json`, `models --json` and `free --json` print these fields, raw bytes
+and seconds. Adding a field is fine; renaming or removing one is not.
+"""
+
+from dataclasses import dataclass
+
+from kernel.device import DeviceInfo, EngineInfo, ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessView:
+    """One row of `ps`."""
+
+    pid: int
+    ppid: int
+    nice: int
+    state: str  # NEW RUNNABLE RUNNING SLEEPING STOPPED SWAPPED ZOMBIE
+    program: str  # generate chat embed train host
+    model: str
+    device: str  # "" while the model is not open
+    threads: int
+    prompt_tokens: int
+    output_tokens: int
+    shared_tokens: int  # prompt tokens found in the KV cache instead of computed
+    tokens_per_s: float  # output tokens, over about the last second of its life
+    context_tokens: int  # tokens now in the window, all threads
+    context_limit_tokens: int
+    kv_bytes: int
+    device_s: float  # device time received
+    started_s: float  # seconds since the epoch
+    elapsed_s: float  # wall seconds from spawn to now, or to its end
+    first_token_s: float | None  # seconds from spawn to the first output token
+    items_done: int  # prompts answered
+    items_total: int
+    share_due: float  # service units its weight entitled it to while it was runnable
+    share_received: float  # service units it got: 1 per prompt token, 2 per output token
+    waits_for: str  # in words; "" if it waits for nothing
+    exit_code: int | None
+    error: str  # one line, if it ended by an error
+    hint: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One row of `models`. state: "disk", "loading", "loaded", "failed", "quarantined"."""
+
+    name: str
+    path: str
+    state: str
+    device: str
+    processes: int  # that use it now
+    load_progress: float  # 0 to 1
+    restarts: int  # of its worker
+    worker_pid: int | None
+    error: str
+    info: ModelInfo | None
+    engine: EngineInfo | None
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimView:
+    """One owner's bytes in a pool. kind: "weights", "kv", "compute", "training", "other"."""
+
+    owner: str
+    kind: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """A place with room: a device's memory, or host RAM."""
+
+    name: str
+    capacity_bytes: int
+    used_bytes: int  # the sum of claims
+    free_bytes: int  # what can still be admitted
+    claims: tuple[ClaimView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A device and what it does. `busy` is the share of the last second spent in steps, 0 to 1."""
+
+    info: DeviceInfo
+    busy: float
+    tokens_per_s: float  # output tokens, all processes
+    prefill_tokens_per_s: float
+    running: int
+    runnable: int
+    batch: float  # mean sequences in recent steps
+
+
+@dataclass(frozen=True, slots=True)
+class SystemView:
+    """Everything at one instant."""
+
+    time_s: float  # seconds since the epoch
+    uptime_s: float
+    policy: str
+    processes: tuple[ProcessView, ...]
+    models: tuple[ModelView, ...]
+    devices: tuple[DeviceView, ...]
+    pools: tuple[PoolView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LogView:
+    """One line of `dmesg`."""
+
+    time_s: float  # seconds since boot
+    level: str  # debug info warn error
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputView:
+    """A piece of a process's output. Read again from `next_offset`, until `eof`."""
+
+    text: str
+    next_offset: int  # in characters
+    eof: bool

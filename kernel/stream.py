@@ -1,0 +1,45 @@
+"""Streams: the output of a process, kept whole, read by anyone at any offset.
+
+Owner: the process. Lock: one per stream, held for one string operation; it is a leaf, like a mailbox's.
+Not here: files and terminals (the shell copies from here to there).
+"""
+
+import io
+import threading
+
+
+class Stream:
+    """Append-only text with a condition to wait on. Offsets count characters."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition()
+        self._text = io.StringIO()  # guarded by _ready
+        self._length = 0  # guarded by _ready
+        self._closed = False  # guarded by _ready
+
+    def __len__(self) -> int:
+        return self._length
+
+    def write(self, text: str) -> None:
+        if not text:
+            return
+        with self._ready:
+            self._text.seek(self._length)
+            self._length += self._text.write(text)
+            self._ready.notify_all()
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()
+
+    def read(self, offset: int, timeout_s: float | None) -> tuple[str, int, bool]:
+        """Text from `offset` on, the next offset, and whether that is the end.
+
+        Waits until there is some text, the stream is closed, or the time is up (None: for ever).
+        """
+        with self._ready:
+            self._ready.wait_for(lambda: self._length > offset or self._closed, timeout_s)
+            self._text.seek(max(0, min(offset, self._length)))
+            text = self._text.read()
+            return text, self._length, self._closed

@@ -1,0 +1,195 @@
+"""The only door into the kernel: one table of system calls.
+
+Everything that changes the kernel goes through here: the shell, the monitor, the control socket and
+plugins call the same functions. Readers get frozen snapshots.
+Lock: none here; each call takes what it needs. All calls may be made from any thread, and none is
+made with a kernel lock held.
+"""
+
+from pathlib import Path
+
+from kernel.bus import Mailbox
+from kernel.device import EngineOptions, Estimate, ModelInfo, Sampling
+from kernel.errors import NotPermitted
+from kernel.kernel import Kernel
+from kernel.models import ModelState
+from kernel.process import Process, ProcessSpec, Signal
+from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemView
+from kernel.views import device_view, disk_view, process_view
+
+__all__ = ["EngineOptions", "Estimate", "ModelInfo", "ProcessSpec", "Sampling", "Signal", "Syscalls"]
+
+
+class Syscalls:
+    """The system calls of one kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._table = kernel.table
+
+    # Processes
+
+    def spawn(self, spec: ProcessSpec) -> int:
+        """Start a process and return its PID at once; it loads the model if need be.
+
+        Raises UsageError (no prompt, bad nice or sampling), ModelNotFound, ModelInvalid, AdmissionRefused.
+        What goes wrong later ends the process with an exit code and `error` in its view.
+        """
+        return self._kernel.spawn(spec).pid
+
+    def signal(self, pid: int, signal: Signal) -> None:
+        """INT, TERM, KILL end it (130, 143, 137) at the next token; STOP and CONT pause it and go on.
+
+        Raises ProcessNotFound, NotPermitted (it has ended already).
+        """
+        self._kernel.signal(pid, signal)
+
+    def renice(self, pid: int, nice: int) -> int:
+        """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
+        return self._kernel.renice(pid, nice)
+
+    def process(self, pid: int) -> ProcessView:
+        """One process, also when it has ended. Raises ProcessNotFound."""
+        with self._table.lock:
+            return self._view(self._table.get(pid))
+
+    def wait(self, pid: int, timeout_s: float | None = None) -> ProcessView | None:
+        """Block until the process ends; None when the time is up. Raises ProcessNotFound."""
+        with self._table.lock:
+            process = self._table.get(pid)
+            if not self._kernel.parts.threaded:
+                self._kernel.pump()
+            ended = self._table.changed.wait_for(lambda: not process.alive, timeout_s)
+            return self._view(process) if ended else None
+
+    def reap(self, pid: int) -> ProcessView:
+        """Take an ended process off the list. `finished` keeps the last ones. Raises as `signal`."""
+        with self._table.lock:
+            process = self._table.get(pid)
+            if process.alive:
+                raise NotPermitted(f"process {pid} has not ended")
+            self._table.reap(process)
+            return self._view(process)
+
+    def finished(self) -> tuple[ProcessView, ...]:
+        """Processes that were reaped, oldest first; the kernel keeps a bounded number."""
+        with self._table.lock:
+            return tuple(map(self._view, self._table.finished()))
+
+    def read(self, pid: int, offset: int, timeout_s: float | None = 0.0) -> OutputView:
+        """Output from a character offset on, waiting for some until the time is up (None: for ever)."""
+        with self._table.lock:
+            stdout = self._table.get(pid).stdout
+        return OutputView(*stdout.read(offset, timeout_s))
+
+    def items(self, pid: int) -> tuple[tuple[str, str], ...]:
+        """The prompts answered so far, each with its reply. Raises ProcessNotFound."""
+        with self._table.lock:
+            process = self._table.get(pid)
+            return tuple(zip(process.spec.prompts, process.replies, strict=False))
+
+    def save(self, pid: int, path: Path) -> int:
+        """Write a checkpoint of a process that has not ended; returns its bytes. The process goes on.
+
+        Raises ProcessNotFound, NotPermitted, and LlmosError if the file cannot be written (nothing
+        half-written is left behind).
+        """
+        return self._kernel.save(pid, path)
+
+    def restore(self, path: Path) -> int:
+        """Continue a checkpoint as a new process; returns its PID.
+
+        Its output begins with what it had said. Raises CheckpointInvalid, ModelNotFound.
+        """
+        return self._kernel.restore(path).pid
+
+    # Models
+
+    def load(self, model: str, options: EngineOptions = EngineOptions()) -> ModelView:  # noqa: B008
+        """Begin to load a model (by name or path) and return at once. Loading again changes nothing.
+
+        Raises ModelNotFound, ModelInvalid, AdmissionRefused.
+        """
+        kernel = self._kernel
+        if options == EngineOptions():
+            options = kernel.parts.options
+        record = kernel.want(kernel.catalog.resolve(model), options, explicit=True)
+        with self._table.lock:
+            return record.view()
+
+    def wait_load(self, model: str, timeout_s: float | None = None) -> ModelView | None:
+        """Block until a load ended; None when the time is up. Raises what made the load fail."""
+        with self._table.lock:
+            record = self._kernel.model_record(model)
+            if not self._table.changed.wait_for(lambda: record.state is not ModelState.LOADING, timeout_s):
+                return None
+            if record.error is not None:
+                raise record.error
+            return record.view()
+
+    def cancel_load(self, model: str) -> None:
+        """Stop a load that is going on. Raises ModelNotFound."""
+        with self._table.lock:
+            self._kernel.model_record(model).cancelled = True
+
+    def unload(self, model: str) -> int:
+        """Close a model and free its memory; returns the bytes freed.
+
+        Raises ModelNotFound, NotPermitted (not loaded, or processes use it: they are named).
+        """
+        return self._kernel.unload(model)
+
+    def models(self) -> tuple[ModelView, ...]:
+        """Every model that can be named, loaded or not."""
+        entries = self._kernel.catalog.list()
+        with self._table.lock:
+            used = [record.view() for record in self._kernel.models.values()]
+        names = {view.name for view in used}
+        return (*used, *(disk_view(entry) for entry in entries if entry.name not in names))
+
+    def inspect(self, model: str) -> tuple[ModelInfo, Estimate]:
+        """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
+        kernel = self._kernel
+        entry = kernel.catalog.resolve(model)
+        driver = kernel.driver(entry.path)
+        info = driver.inspect(entry.path)
+        return info, driver.estimate(info, kernel.parts.options)
+
+    # The whole
+
+    def snapshot(self) -> SystemView:
+        """Everything at one instant."""
+        kernel = self._kernel
+        now_s = kernel.clock.now_s()
+        with self._table.lock:
+            rows = list(self._table)
+            return SystemView(
+                time_s=kernel.clock.wall_s(),
+                uptime_s=now_s - kernel.booted_s,
+                policy="fair",
+                processes=tuple(map(self._view, rows)),
+                models=tuple(model.view() for model in kernel.models.values()),
+                devices=tuple(device_view(d, rows, now_s) for d in kernel.dispatchers.values()),
+                pools=kernel.ledger.views(),
+            )
+
+    def log(self) -> tuple[LogView, ...]:
+        """The kernel log, oldest first."""
+        return tuple(self._kernel.log_lines)
+
+    def subscribe(self, *topics: str) -> Mailbox:
+        """Hear of changes: topics "process" (pid, state, exit_code), "model" (name, state), "log"."""
+        return self._kernel.bus.subscribe(*topics)
+
+    def unsubscribe(self, mailbox: Mailbox) -> None:
+        """Close a mailbox from `subscribe`."""
+        self._kernel.bus.unsubscribe(mailbox)
+
+    def shutdown(self) -> None:
+        """Kill every process, close every engine, stop the threads. Idempotent."""
+        self._kernel.shutdown()
+
+    def _view(self, process: Process) -> ProcessView:
+        """With the table's lock held."""
+        kernel = self._kernel
+        return process_view(process, kernel.models.get(process.model), kernel.clock.now_s())

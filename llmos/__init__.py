@@ -1,0 +1,1 @@
+"""The face: command line, boot, configuration, model store, plugins and the public API."""

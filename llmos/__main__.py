@@ -1,0 +1,7 @@
+"""`python -m llmos`."""
+
+import sys
+
+from llmos.cli import main
+
+sys.exit(main())

@@ -1,0 +1,104 @@
+"""Boot: from nothing to a kernel with its drivers, and a shell in front of it.
+
+Reads as a table of contents. Owner: `llmos.cli` calls it once.
+"""
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel.clock import RealClock
+from kernel.device import Driver, EngineOptions
+from kernel.kernel import Kernel, Parts
+from kernel.syscall import Syscalls
+from llmos.config import Config, load_config
+from llmos.hooks import add_plugins
+from llmos.paths import Paths, find_paths, writable
+from llmos.store import Store
+from shell.commands import builtin_registry
+from shell.session import Shell
+
+SWITCH_INTERVAL_S = 0.0005  # keys and frames stay quick beside busy threads, for a tenth of their speed
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A booted LLMOS."""
+
+    paths: Paths
+    config: Config
+    system: Syscalls
+    shell: Shell
+
+
+def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[str, ...] = ()) -> Machine:
+    """Raises UsageError for a configuration that makes no sense."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any native import: see drivers.llamacpp
+    paths = find_paths()
+    config = load_config(paths.config_file, flags)
+    kernel = Kernel(
+        Parts(
+            clock=RealClock(),
+            drivers=_drivers(config),
+            catalog=Store(paths, config.models),
+            key=_key(paths),
+            options=EngineOptions(config.context_tokens, config.sequences, config.threads),
+            ram_available=_ram_available,
+        )
+    )
+    system = Syscalls(kernel)
+    registry = builtin_registry()
+    if plugins:
+        add_plugins(registry, paths.plugins, os.environ)
+    shell = Shell(system, registry, arguments=arguments, open_monitor=lambda: _monitor(system))
+    return Machine(paths, config, system, shell)
+
+
+def _drivers(config: Config) -> dict[str, Driver]:
+    from drivers.llamacpp.driver import LlamaCppDriver
+
+    return {".gguf": LlamaCppDriver(config.isolation)}
+
+
+def _key(paths: Paths) -> bytes:
+    """The secret that checkpoints' KV states are signed with; made at the first boot, mode 0600.
+
+    Without a writable home it lasts as long as the process: checkpoints still load, by computing again.
+    """
+    folder = writable(paths.state)
+    fresh = secrets.token_bytes(32)
+    if folder is None:
+        return fresh
+    file = folder / "key"
+    try:
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return _read_key(file) or fresh
+    except OSError:
+        return fresh
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(fresh)
+    return fresh
+
+
+def _read_key(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _ram_available() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _monitor(system: Syscalls) -> int:
+    from tui.app import run_monitor
+
+    return run_monitor(system)

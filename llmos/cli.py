@@ -1,0 +1,116 @@
+"""The command line: `llmos [options] [-c TEXT | -f FILE | - | COMMAND …] [arguments]`.
+
+Not here: what commands do (shell), how things are put together (boot).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel.errors import LlmosError, UsageError
+
+if TYPE_CHECKING:
+    from llmos.boot import Machine
+
+VERSION = "0.1.0"
+
+EPILOG = """\
+examples:
+  llmos                          an interactive shell
+  llmos run nano list processes  one command, then out
+  llmos -c 'ps --json; free'     a line of commands
+  llmos -f nightly.llm a b       a script, with $1 and $2
+  echo 'free ram' | llmos run nano --lines
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmos",
+        description="An operating environment for large language models on one workstation.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"LLMOS {VERSION}")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-c", metavar="TEXT", dest="text", help="run commands given as text")
+    what.add_argument("-f", metavar="FILE", dest="file", help="run a script")
+    parser.add_argument("-n", "--check", action="store_true", help="check a script, run nothing")
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables, where there are lists")
+    parser.add_argument("--config", metavar="FILE", help="configuration instead of the user's own")
+    parser.add_argument("--no-plugins", action="store_true", help="built-in commands only")
+    parser.add_argument("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="`llmos help` lists them")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        return _run(options)
+    except LlmosError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    from llmos.boot import boot
+
+    script = _script(options)
+    arguments = tuple(options.words) if script is not None else ()
+    machine = boot({"config": options.config}, plugins=not options.no_plugins, arguments=arguments)
+    machine.shell.json = options.json
+    try:
+        return _serve(machine, options, script)
+    finally:
+        machine.system.shutdown()
+
+
+def _script(options: argparse.Namespace) -> tuple[str, str] | None:
+    """Text to run and its name; None for an interactive shell or a single command."""
+    if options.text is not None:
+        return options.text, ""
+    if options.file is not None and options.file != "-":
+        return _read(Path(options.file)), options.file
+    if options.words[:1] == ["-"]:
+        options.words = options.words[1:]
+    elif options.words or (sys.stdin is not None and sys.stdin.isatty() and options.file is None):
+        return None
+    if sys.stdin is None:
+        raise UsageError("there is no standard input", "llmos -c TEXT, llmos -f FILE or llmos COMMAND")
+    return sys.stdin.read(), "standard input"
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _serve(machine: "Machine", options: argparse.Namespace, script: tuple[str, str] | None) -> int:
+    from shell import interpreter
+
+    if options.check:
+        from shell.check import check_text
+
+        if script is None:
+            raise UsageError("-n checks a script", "llmos -n -f FILE")
+        return check_text(machine.shell, *script)
+    if script is not None:
+        return interpreter.run_text(machine.shell, *script)
+    if options.words:
+        return interpreter.run_argv(machine.shell, options.words)
+    from shell.repl import interact
+
+    return interact(machine.shell, machine.paths.history_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Bundled plugins, found by entry point like any third party's."""

@@ -1,0 +1,1 @@
+"""The shell: lexer, parser, interpreter, commands and the interactive prompt."""

@@ -1,0 +1,103 @@
+"""Job control: jobs, fg, bg."""
+
+import json
+from argparse import Namespace
+from contextlib import suppress
+
+from kernel.errors import NotPermitted
+from kernel.syscall import Signal
+from shell.jobs import Job, foreground
+from shell.process_table import state_letter
+from shell.registry import Arguments, CommandSpec
+from shell.render import format_duration
+from shell.session import Shell
+
+_WORDS = {"T": "Stopped", "Z": "Done", "Q": "Waiting", "W": "Swapped"}
+
+
+def _jobs_arguments(parser: Arguments) -> None:
+    parser.add("-l", "--long", action="store_true", help="with PID, time and tokens")
+    parser.add("--json", action="store_true", help="one array")
+
+
+def _jobs(shell: Shell, args: Namespace) -> int:
+    if args.json or shell.json:
+        shell.out.line(json.dumps([_plain(shell, job) for job in shell.jobs]))
+        return 0
+    for job in shell.jobs:
+        shell.out.line(_line(shell, job, long=args.long))
+    return 0
+
+
+def _plain(shell: Shell, job: Job) -> dict[str, object]:
+    view = shell.system.process(job.pid)
+    return {
+        "job": job.number,
+        "pid": job.pid,
+        "state": view.state,
+        "current": shell.jobs.mark(job) == "+",
+        "exit_code": view.exit_code,
+        "command": job.command,
+    }
+
+
+def _line(shell: Shell, job: Job, *, long: bool) -> str:
+    view = shell.system.process(job.pid)
+    state = _WORDS.get(state_letter(view), "Running")
+    head = f"[{job.number}]{shell.jobs.mark(job)} "
+    if not long:
+        return f"{head}{state:8} {job.label}"
+    progress = f"{view.items_done}/{view.items_total} · " if view.items_total > 1 else ""
+    facts = f"{progress}{view.output_tokens} tok · {format_duration(view.elapsed_s)}"
+    return f"{head}{job.pid:>4} {state:8} {job.label}   {facts}" + (
+        f"   ({view.waits_for})" if view.waits_for else ""
+    )
+
+
+def _job_argument(parser: Arguments) -> None:
+    parser.add("job", nargs="?", default="%+", metavar="%JOB", completes=("job",))
+
+
+def _fg(shell: Shell, args: Namespace) -> int:
+    job = shell.jobs.find(args.job)
+    shell.jobs.touch(job)
+    shell.note(job.label)
+    _continue(shell, job)
+    return foreground(shell, job)
+
+
+def _bg(shell: Shell, args: Namespace) -> int:
+    job = shell.jobs.find(args.job)
+    _continue(shell, job)
+    shell.last_background_pid = job.pid
+    shell.note(f"[{job.number}]{shell.jobs.mark(job)} {job.pid}  {job.label}")
+    return 0
+
+
+def _continue(shell: Shell, job: Job) -> None:
+    if shell.system.process(job.pid).state != "ZOMBIE":
+        with suppress(NotPermitted):  # it ended just now: its output and exit code are still to be had
+            shell.system.signal(job.pid, Signal.CONT)
+
+
+SPECS = (
+    CommandSpec(
+        "jobs", "list this shell's jobs", _jobs, _jobs_arguments, ("jobs", "jobs -l"), group="processes"
+    ),
+    CommandSpec(
+        "fg",
+        "bring a job to the foreground, and show what it has said",
+        _fg,
+        _job_argument,
+        ("fg", "fg %2"),
+        group="processes",
+    ),
+    CommandSpec(
+        "bg",
+        "let a stopped job go on in the background",
+        _bg,
+        _job_argument,
+        ("bg", "bg %2"),
+        group="processes",
+    ),
+)

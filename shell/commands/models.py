@@ -1,0 +1,185 @@
+"""Commands on models: load, unload, models. `load` also continues a checkpoint."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from kernel.errors import Interrupted, LlmosError, UsageError
+from kernel.snapshot import ModelView
+from kernel.syscall import EngineOptions
+from shell.commands.run import tokens
+from shell.interrupts import Interrupts
+from shell.jobs import start
+from shell.registry import Arguments, CommandSpec
+from shell.render import (
+    Column,
+    bar,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_size,
+    to_json,
+    write_table,
+)
+from shell.session import Shell
+
+_POLL_S = 0.1
+_CHECKPOINT = b"LLMOSCKP"
+
+
+def _load_arguments(parser: Arguments) -> None:
+    parser.add("model", metavar="MODEL|CHECKPOINT", completes=("model", "file"))
+    parser.add(
+        "--ctx", type=tokens, default=0, metavar="N", help="context window of each process, in tokens: 8k"
+    )
+    parser.add(
+        "--seats", type=tokens, default=0, metavar="N", help="processes that can hold their KV at once"
+    )
+    parser.add("--threads", type=tokens, default=0, metavar="N", help="compute threads")
+
+
+def _load(shell: Shell, args: Namespace) -> int:
+    if _is_checkpoint(args.model):
+        return start(shell, shell.system.restore(Path(args.model)))
+    began_s = time.monotonic()
+    view = shell.system.load(args.model, EngineOptions(args.ctx, args.seats, args.threads))
+    if shell.frame.background:
+        return 0
+    view = _wait_load(shell, args.model, view.name, began_s)
+    shell.note(_loaded(view, time.monotonic() - began_s))
+    return 0
+
+
+def _is_checkpoint(name: str) -> bool:
+    try:
+        with Path(name).open("rb") as file:
+            return file.read(len(_CHECKPOINT)) == _CHECKPOINT
+    except (OSError, ValueError):
+        return False  # a model's name, or a file that the kernel will say more about
+
+
+def _wait_load(shell: Shell, name: str, shown: str, began_s: float) -> ModelView:
+    """Wait with a progress bar; ^C cancels. Raises what made the load fail, Interrupted."""
+    cancelled = False
+    with Interrupts() as interrupts:
+        try:
+            while (done := shell.system.wait_load(name, _POLL_S)) is None:
+                if interrupts.take() is not None:
+                    cancelled = True
+                    shell.system.cancel_load(name)
+                _draw(shell, shown, time.monotonic() - began_s)
+        except LlmosError as error:
+            raise (Interrupted(f"{shown}: loading was cancelled") if cancelled else error) from None
+        finally:
+            if shell.err.animated:
+                shell.err.emit("\r\x1b[K")
+    return done
+
+
+def _draw(shell: Shell, name: str, elapsed_s: float) -> None:
+    view = next((model for model in shell.system.models() if model.name == name), None)
+    if not shell.err.animated or view is None:
+        return
+    width = shell.err.width or 80
+    text = (
+        _progress(view, elapsed_s, max(width - 50, 5)) if width >= 60 else f"{name} {view.load_progress:4.0%}"
+    )
+    shell.err.emit(f"\r{text[: width - 1]}\x1b[K")
+
+
+def _progress(view: ModelView, elapsed_s: float, width: int) -> str:
+    """`nano  ▇▇▇░░  81%  4.1/5.1 GiB  2.3 GB/s  eta 0:01`"""
+    total = view.info.file_bytes if view.info else 0
+    done = int(total * view.load_progress)
+    rate = done / elapsed_s if elapsed_s else 0.0
+    eta = format_duration((total - done) / rate) if rate else "-:--"
+    sizes = f"{format_bytes(done)}/{format_bytes(total)}"
+    drawn = f"{bar(view.load_progress, width)} {view.load_progress:4.0%}"
+    return f"{view.name}  {drawn}  {sizes}  {rate / 1e9:.1f} GB/s  eta {eta}"
+
+
+def _loaded(view: ModelView, seconds: float) -> str:
+    text = f"loaded {view.name}"
+    if view.engine:
+        text += (
+            f"  {format_size(view.engine.weights_bytes)} + KV {format_size(view.engine.kv_bytes)} reserved"
+        )
+    return f"{text} in {seconds:.1f} s   {view.device}"
+
+
+def _unload_arguments(parser: Arguments) -> None:
+    parser.add("model", nargs="?", metavar="MODEL", completes=("model",))
+    parser.add("--all", action="store_true", help="every model that is loaded and not in use")
+
+
+def _unload(shell: Shell, args: Namespace) -> int:
+    if args.all == bool(args.model):
+        raise UsageError("unload: which model?", "`unload MODEL` or `unload --all`")
+    names = [args.model]
+    if args.all:
+        names = [m.name for m in shell.system.models() if m.state == "loaded" and not m.processes]
+    for name in names:
+        shell.note(f"unloaded {name}, freed {format_size(shell.system.unload(name))}")
+    return 0
+
+
+def _models_arguments(parser: Arguments) -> None:
+    parser.add("--json", action="store_true", help="one array, all fields")
+
+
+def _models(shell: Shell, args: Namespace) -> int:
+    models = shell.system.models()
+    if args.json or shell.json:
+        shell.out.line(to_json(models))
+        return 0
+    write_table(shell.out, _COLUMNS, models)
+    return 0
+
+
+def _state(model: ModelView) -> str:
+    return f"{model.load_progress:.0%}" if model.state == "loading" else model.state
+
+
+_STATE_COLOURS = {"loaded": "green", "loading": "cyan", "failed": "red", "quarantined": "red"}
+
+_COLUMNS: list[Column[ModelView]] = [
+    Column("NAME", lambda m: m.name, keep=99, flexible=True),
+    Column("STATE", _state, keep=90, colour=lambda m: _STATE_COLOURS.get(m.state, "")),
+    Column("DEV", lambda m: m.device or "-", keep=30),
+    Column("SIZE", lambda m: format_bytes(m.info.file_bytes) if m.info else "-", right=True, keep=80),
+    Column("PARAMS", lambda m: format_count(m.info.parameters) if m.info else "-", right=True, keep=60),
+    Column("QUANT", lambda m: m.info.quantization if m.info else "-", keep=50),
+    Column("CTX", lambda m: str(m.info.context_tokens) if m.info else "-", right=True, keep=40),
+    Column("PROCS", lambda m: str(m.processes), right=True, keep=70),
+    Column("ABOUT", lambda m: m.error or m.description, keep=10, flexible=True),
+]
+
+SPECS = (
+    CommandSpec(
+        "load",
+        "load a model, or continue a checkpoint as a new process",
+        _load,
+        _load_arguments,
+        ("load nano", "load ~/models/qwen3-8b.gguf --ctx 8k", "load work.ckpt &"),
+        notes="^C cancels. With `&` it loads in the background.",
+        group="models",
+        background=True,
+    ),
+    CommandSpec(
+        "unload",
+        "close a model and free its memory",
+        _unload,
+        _unload_arguments,
+        ("unload nano", "unload --all"),
+        group="models",
+    ),
+    CommandSpec(
+        "models",
+        "list models, loaded or not",
+        _models,
+        _models_arguments,
+        ("models", "models --json"),
+        group="models",
+        aliases=("ls",),
+    ),
+)

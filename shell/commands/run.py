@@ -1,0 +1,126 @@
+"""`run`: start a generation."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from kernel.errors import LlmosError, UsageError
+from kernel.syscall import ProcessSpec, Sampling
+from shell.jobs import start
+from shell.registry import Arguments, CommandSpec
+from shell.session import Shell
+
+_SIZES = {"k": 1024, "m": 1024 * 1024}
+
+
+def tokens(text: str) -> int:
+    """`4096` or `8k`, for argparse."""
+    unit = _SIZES.get(text[-1:].lower(), 0)
+    count = int(text[:-1] if unit else text) * (unit or 1)
+    if count < 0:
+        raise argparse.ArgumentTypeError(f"`{text}` is less than nothing")
+    return count
+
+
+def _arguments(parser: Arguments) -> None:
+    parser.add("model", metavar="MODEL", completes=("model",))
+    parser.add("words", nargs="*", metavar="WORDS")
+    parser.add(
+        "-f", dest="file", metavar="FILE", completes=("file",), help="append a file to the prompt; - is stdin"
+    )
+    parser.add("--lines", action="store_true", help="each non-empty line is one prompt, each reply one line")
+    parser.add("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    parser.add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy")
+    parser.add("--top-k", type=int, metavar="K", help="of the K likeliest tokens")
+    parser.add("--top-p", type=float, metavar="P", help="of the likeliest that make up P")
+    parser.add("--min-p", type=float, metavar="P", help="of those at least P times as likely as the best")
+    parser.add("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
+    parser.add("--max-tokens", type=tokens, default=0, metavar="N", help="end a reply after N tokens")
+    parser.add("--nice", type=int, metavar="N", help="-20 (most) to 19 (least)")
+    parser.add("--ignore-eos", action="store_true", default=None, help="go on after the model's end mark")
+    parser.add(
+        "--ctx", type=tokens, default=0, metavar="N", help="context window, if the model must be loaded"
+    )
+
+
+def _run(shell: Shell, args: argparse.Namespace) -> int:
+    spec = ProcessSpec(
+        model=args.model,
+        prompts=_prompts(shell, args),
+        lines=args.lines,
+        raw=args.raw,
+        sampling=_sampling(args),
+        max_tokens=args.max_tokens,
+        nice=shell.frame.nice if args.nice is None else args.nice,
+        command=shell.frame.line,
+        context_tokens=args.ctx,
+    )
+    return start(shell, shell.system.spawn(spec))
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+    return replace(
+        Sampling(), **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    )
+
+
+def _prompts(shell: Shell, args: argparse.Namespace) -> tuple[str, ...]:
+    """Words first, then a blank line, then the file. With --lines, that for each line. Raises UsageError."""
+    words = " ".join(args.words)
+    content = _content(shell, args.file, has_words=bool(words))
+    if args.lines:
+        lines = (words if content is None else content).splitlines()
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if content is not None and words:
+            prompts = tuple(f"{words}\n\n{line}" for line in prompts)
+    else:
+        prompts = tuple(text for text in ["\n\n".join(filter(None, (words, content)))] if text.strip())
+    if not prompts:
+        raise UsageError("run: no prompt", f"`run {args.model} your words`, or -f FILE, or `< FILE`")
+    return prompts
+
+
+def _content(shell: Shell, file: str | None, *, has_words: bool) -> str | None:
+    """The text of -f, of `< file`, or of a standard input that is not a terminal; bytes pass undamaged."""
+    if file is not None and file != "-":
+        return _decode(_read_file(file))
+    if shell.frame.stdin is not None:
+        return _decode(shell.frame.stdin.read())
+    if file is None and (has_words or shell.frame.background or shell.interactive):
+        return None
+    stdin: BinaryIO | None = shell.stdin
+    if stdin is None or stdin.isatty():
+        return None
+    return _decode(stdin.read())
+
+
+def _read_file(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except (OSError, ValueError) as error:
+        raise LlmosError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(content: bytes) -> str:
+    return content.decode("utf-8", "surrogateescape")
+
+
+SPECS = (
+    CommandSpec(
+        "run",
+        "start a process that answers a prompt; a model that is not loaded is loaded first",
+        _run,
+        _arguments,
+        (
+            'run nano "list the files here"',
+            "run nano -f report.md summarize > sum.txt &",
+            "run nano --lines < q.txt",
+        ),
+        notes="The words are joined by blanks and are never file patterns. `--` ends the options.",
+        group="processes",
+        background=True,
+        patterns=False,
+    ),
+)

@@ -1,0 +1,179 @@
+"""The whole machine: top, free, uptime, dmesg."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from kernel.errors import UsageError
+from kernel.snapshot import LogView, PoolView, SystemView
+from shell.process_table import process_columns, state_letter
+from shell.registry import Arguments, CommandSpec
+from shell.render import Column, bar, format_bytes, format_duration, to_json, write_table
+from shell.session import Shell
+from shell.terminal import one_line
+
+_LEVELS = ("debug", "info", "warn", "error")
+_LEVEL_COLOURS = {"debug": "dim", "warn": "yellow", "error": "red"}
+
+
+def _top_arguments(parser: Arguments) -> None:
+    parser.add("-1", "--once", action="store_true", help="print one frame as text")
+    parser.add("--json", action="store_true", help="print one snapshot with all fields")
+
+
+def _top(shell: Shell, args: Namespace) -> int:
+    if args.json or shell.json:
+        shell.out.line(to_json(shell.system.snapshot()))
+        return 0
+    if args.once or not shell.out.is_terminal:
+        _print_frame(shell, shell.system.snapshot())
+        return 0
+    if shell.open_monitor is None:
+        raise UsageError("top: there is no monitor here", "`top -1` prints one frame")
+    return shell.open_monitor()
+
+
+def _print_frame(shell: Shell, view: SystemView) -> None:
+    out = shell.out
+    out.line(_uptime_line(view))
+    for device in view.devices:
+        rates = f"decode {device.tokens_per_s:.0f} prefill {device.prefill_tokens_per_s:.0f} tok/s"
+        busy = f"{bar(device.busy, 10)} {device.busy:4.0%}"
+        out.line(f"{device.info.name:8} {busy}  {rates}  batch {device.batch:.1f}  queue {device.runnable}")
+    for pool in view.pools:
+        used = pool.used_bytes / pool.capacity_bytes if pool.capacity_bytes else 0.0
+        sizes = f"{format_bytes(pool.used_bytes)}/{format_bytes(pool.capacity_bytes)}"
+        out.line(f"{pool.name:8} {bar(used, 10)} {used:4.0%}  {sizes}")
+    out.line()
+    write_table(out, process_columns(shell), view.processes)
+
+
+def _uptime_line(view: SystemView) -> str:
+    letters = [state_letter(process) for process in view.processes]
+    states = " ".join(f"{letters.count(letter)}{letter}" for letter in "RQSTWZ" if letter in letters)
+    clock = datetime.fromtimestamp(view.time_s).strftime("%H:%M:%S")
+    rate = sum(device.tokens_per_s for device in view.devices)
+    processes = f"{len(letters)} process{'' if len(letters) == 1 else 'es'} {states}".rstrip()
+    return f"{clock} up {format_duration(view.uptime_s)}, {processes}, {rate:.0f} tok/s, policy {view.policy}"
+
+
+def _uptime_arguments(parser: Arguments) -> None:
+    parser.add("--json", action="store_true", help="one object, in seconds")
+
+
+def _uptime(shell: Shell, args: Namespace) -> int:
+    view = shell.system.snapshot()
+    if args.json or shell.json:
+        plain = {"time_s": view.time_s, "uptime_s": view.uptime_s, "processes": len(view.processes)}
+        shell.out.line(json.dumps({**plain, "policy": view.policy}))
+    else:
+        shell.out.line(_uptime_line(view))
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _MemoryRow:
+    """A pool, or below it a claim."""
+
+    name: str
+    kind: str
+    used_bytes: int
+    capacity_bytes: int | None
+    free_bytes: int | None
+
+
+def _free_arguments(parser: Arguments) -> None:
+    parser.add("-b", "--bytes", action="store_true", help="in bytes")
+    parser.add("--json", action="store_true", help="one array, in bytes")
+
+
+def _free(shell: Shell, args: Namespace) -> int:
+    pools = shell.system.snapshot().pools
+    if args.json or shell.json:
+        shell.out.line(to_json(pools))
+        return 0
+
+    def size(value: int | None) -> str:
+        if value is None:
+            return ""
+        return str(value) if args.bytes else format_bytes(value)
+
+    columns: list[Column[_MemoryRow]] = [
+        Column("POOL", lambda row: row.name, keep=99, flexible=True),
+        Column("KIND", lambda row: row.kind, keep=50),
+        Column("TOTAL", lambda row: size(row.capacity_bytes), right=True, keep=60),
+        Column("USED", lambda row: size(row.used_bytes), right=True, keep=90),
+        Column("FREE", lambda row: size(row.free_bytes), right=True, keep=80),
+    ]
+    write_table(shell.out, columns, [row for pool in pools for row in _memory_rows(pool)])
+    return 0
+
+
+def _memory_rows(pool: PoolView) -> Iterator[_MemoryRow]:
+    yield _MemoryRow(pool.name, "", pool.used_bytes, pool.capacity_bytes, pool.free_bytes)
+    for index, claim in enumerate(pool.claims):
+        branch = "└ " if index == len(pool.claims) - 1 else "├ "
+        yield _MemoryRow(branch + claim.owner, claim.kind, claim.size_bytes, None, None)
+
+
+def _dmesg_arguments(parser: Arguments) -> None:
+    parser.add("-n", dest="last", type=int, metavar="N", help="the last N lines")
+    parser.add(
+        "--level", choices=_LEVELS, default="debug", metavar="LEVEL", help="at least debug, info, warn, error"
+    )
+    parser.add("--json", action="store_true", help="one array")
+
+
+def _dmesg(shell: Shell, args: Namespace) -> int:
+    if args.last is not None and args.last < 0:
+        raise UsageError("dmesg: -n must not be negative")
+    lowest = _LEVELS.index(args.level)
+    lines = [line for line in shell.system.log() if _rank(line) >= lowest]
+    if args.last is not None:
+        lines = lines[len(lines) - min(args.last, len(lines)) :]
+    if args.json or shell.json:
+        shell.out.line(to_json(lines))
+        return 0
+    shell.out.lines(_log_line(shell, line) for line in lines)
+    return 0
+
+
+def _log_line(shell: Shell, line: LogView) -> str:
+    text = one_line(f"[{line.time_s:12.6f}] {line.source}: {line.text}")
+    return shell.out.paint(text, _LEVEL_COLOURS.get(line.level, ""))
+
+
+def _rank(line: LogView) -> int:
+    return _LEVELS.index(line.level) if line.level in _LEVELS else len(_LEVELS)
+
+
+SPECS = (
+    CommandSpec(
+        "top",
+        "the monitor: devices, memory and processes, live",
+        _top,
+        _top_arguments,
+        ("top", "top -1"),
+        notes="Without a terminal it prints one frame.",
+        group="system",
+    ),
+    CommandSpec(
+        "free",
+        "memory: pools, and who holds what",
+        _free,
+        _free_arguments,
+        ("free", "free -b"),
+        group="system",
+    ),
+    CommandSpec("uptime", "how long and how busy", _uptime, _uptime_arguments, ("uptime",), group="system"),
+    CommandSpec(
+        "dmesg",
+        "the kernel log",
+        _dmesg,
+        _dmesg_arguments,
+        ("dmesg -n 20", "dmesg --level warn"),
+        group="system",
+    ),
+)

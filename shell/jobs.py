@@ -1,0 +1,295 @@
+"""Jobs: processes that this shell started, in the foreground or behind it.
+
+Owner: the session's thread. Only a `Sink` has a thread of its own; it touches its file and nothing else.
+A background job's output is held back by the kernel, and shown whole when the job is waited for,
+brought to the foreground, or found done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
+from kernel.snapshot import ProcessView
+from kernel.syscall import Signal, Syscalls
+from shell.interrupts import Interrupts
+from shell.render import format_bytes, format_duration
+from shell.terminal import encode, fit, one_line
+
+if TYPE_CHECKING:
+    from shell.session import Shell
+
+_POLL_S = 0.05  # how late ^C may be noticed while a process is silent
+_STOPPED = 148
+_INTERRUPTED = 130
+
+
+class Sink:
+    """Copies a process's output into a file.
+
+    Owner: its thread, until the thread has ended; then `error` may be read.
+    """
+
+    def __init__(self, system: Syscalls, pid: int, file: BinaryIO, name: str) -> None:
+        self.error = ""  # one line; set before the thread ends
+        self._system = system
+        self._pid = pid
+        self._file = file
+        self._name = name
+        self._thread = threading.Thread(target=self._run, name=f"sink-{pid}", daemon=True)
+        self._thread.start()
+
+    def join(self) -> str:
+        """Wait until the file is closed; what went wrong, or ""."""
+        self._thread.join()
+        return self.error
+
+    def _run(self) -> None:
+        try:
+            with self._file:
+                self._copy()
+        except OSError as error:
+            self.error = f"{self._name}: {error.strerror or error}"
+            with contextlib.suppress(LlmosError):
+                self._system.signal(self._pid, Signal.TERM)  # nothing of what it says can be kept
+        except LlmosError as error:
+            self.error = error.message
+
+    def _copy(self) -> None:
+        offset, last = 0, "\n"
+        while True:
+            piece = self._system.read(self._pid, offset, None)
+            if piece.text:
+                self._file.write(encode(piece.text))
+                self._file.flush()
+                last = piece.text[-1]
+            offset = piece.next_offset
+            if piece.eof:
+                break
+        if last != "\n":
+            self._file.write(b"\n")
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One row of `jobs`."""
+
+    number: int
+    pid: int
+    command: str
+    sink: Sink | None = None
+    offset: int = 0  # characters shown so far
+
+    @property
+    def label(self) -> str:
+        return fit(one_line(self.command), 60)
+
+
+class JobTable:
+    """Jobs by number. The current one (`%+`) is the last that was touched, `%-` the one before."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Job] = {}
+        self._recent: list[int] = []
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter([self._jobs[number] for number in sorted(self._jobs)])
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, pid: int, command: str, sink: Sink | None) -> Job:
+        job = Job(max(self._jobs, default=0) + 1, pid, command, sink)
+        self._jobs[job.number] = job
+        self._recent.append(job.number)
+        return job
+
+    def remove(self, job: Job) -> None:
+        if self._jobs.pop(job.number, None):
+            self._recent.remove(job.number)
+
+    def touch(self, job: Job) -> None:
+        self._recent.remove(job.number)
+        self._recent.append(job.number)
+
+    def mark(self, job: Job) -> str:
+        """`+` for the current job, `-` for the one before, a blank for others."""
+        if self._recent[-1:] == [job.number]:
+            return "+"
+        return "-" if self._recent[-2:-1] == [job.number] else " "
+
+    def of(self, pid: int) -> Job | None:
+        return next((job for job in self if job.pid == pid), None)
+
+    def find(self, name: str = "%+") -> Job:
+        """A job by `%n`, `%+`, `%%`, `%-` or a PID. Raises UsageError."""
+        number = self._number(name)
+        if number in self._jobs:
+            return self._jobs[number]
+        if name in ("%+", "%%"):
+            raise UsageError("there is no job", "`run MODEL … &` starts one in the background")
+        raise UsageError(f"no job `{name}`", "`jobs` lists them")
+
+    def _number(self, name: str) -> int:
+        if name in ("%+", "%%", "%"):
+            return self._recent[-1] if self._recent else 0
+        if name == "%-":
+            return self._recent[-2] if len(self._recent) > 1 else 0
+        if name.startswith("%") and name[1:].isdecimal():
+            return int(name[1:])
+        job = self.of(int(name)) if name.isdecimal() else None
+        return job.number if job else 0
+
+
+def start(shell: Shell, pid: int) -> int:
+    """Put a new process under job control, as its frame says; returns the command's exit code."""
+    frame, sink = shell.frame, None
+    if frame.stdout is not None:
+        sink = Sink(shell.system, pid, frame.stdout, frame.target)
+        frame.stdout = None
+    job = shell.jobs.add(pid, frame.line, sink)
+    if not frame.background:
+        return foreground(shell, job)
+    shell.last_background_pid = pid
+    shell.note(f"[{job.number}] {pid}  {job.label}")
+    return 0
+
+
+def foreground(shell: Shell, job: Job) -> int:
+    """Show a job's output as it comes, until it ends or is stopped; returns its exit code.
+
+    ^C asks it to end, a second one kills it, a third leaves it to itself. ^Z stops it.
+    """
+    presses = 0
+    with Interrupts(stop=shell.interactive) as interrupts:
+        try:
+            while not _pump(shell, job):
+                match interrupts.take():
+                    case signal.SIGINT:
+                        presses += 1
+                        if presses > 2:
+                            return _INTERRUPTED
+                        _signal(shell, job, Signal.INT if presses == 1 else Signal.KILL)
+                    case signal.SIGTSTP if _signal(shell, job, Signal.STOP):
+                        return _stopped(shell, job)
+        except BrokenPipeError:
+            _signal(shell, job, Signal.TERM)
+            raise
+    return finish(shell, job, interrupted=presses > 0)
+
+
+def _pump(shell: Shell, job: Job) -> bool:
+    """Pass on what there is, or wait a moment; True at the end."""
+    if job.sink is not None:
+        return shell.system.wait(job.pid, _POLL_S) is not None
+    piece = shell.system.read(job.pid, job.offset, _POLL_S)
+    shell.out.write(piece.text)
+    job.offset = piece.next_offset
+    return piece.eof
+
+
+def _signal(shell: Shell, job: Job, number: Signal) -> bool:
+    """Send a signal to a job that may have ended meanwhile; whether it arrived."""
+    try:
+        shell.system.signal(job.pid, number)
+    except (NotPermitted, ProcessNotFound):
+        return False
+    return True
+
+
+def _stopped(shell: Shell, job: Job) -> int:
+    shell.jobs.touch(job)
+    view = shell.system.process(job.pid)
+    kept = f"pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept"
+    shell.note(f"[{job.number}]{shell.jobs.mark(job)} Stopped  {job.label}  ({kept})")
+    return _STOPPED
+
+
+def wait_job(shell: Shell, job: Job) -> int:
+    """Wait for the end of a background job, show what it said, and return its exit code.
+
+    ^C ends the waiting, not the job. A stopped job is not waited for.
+    """
+    with Interrupts() as interrupts:
+        while shell.system.wait(job.pid, _POLL_S) is None:
+            if interrupts.take() is not None:
+                return _INTERRUPTED
+            if shell.system.process(job.pid).state == "STOPPED":
+                shell.note(f"[{job.number}] is stopped: `bg %{job.number}` continues it")
+                return _STOPPED
+    return conclude(shell, job)
+
+
+def conclude(shell: Shell, job: Job) -> int:
+    """Show what an ended background job said, and a notice to a person; returns its exit code."""
+    while job.sink is None and not _pump(shell, job):
+        pass
+    mark = shell.jobs.mark(job)
+    view = shell.system.wait(job.pid)
+    assert view is not None
+    status = finish(shell, job, background=True)
+    if shell.interactive:
+        shell.note(
+            f"[{job.number}]{mark}  {'Done' if status == 0 else 'Ended'}  {job.label}   {_summary(view)}"
+        )
+    return status
+
+
+def finish(shell: Shell, job: Job, *, interrupted: bool = False, background: bool = False) -> int:
+    """Take an ended job off the lists, and say what went wrong; returns its exit code."""
+    view = shell.system.wait(job.pid)
+    assert view is not None
+    if job.sink is None:
+        shell.out.finish_line()
+    failure = job.sink.join() if job.sink else ""
+    shell.jobs.remove(job)
+    with contextlib.suppress(ProcessNotFound):
+        shell.system.reap(job.pid)
+    name = f"[{job.number}] {job.pid}: " if background else ""
+    status = view.exit_code or 0
+    if failure:
+        shell.report(LlmosError(name + failure))
+        return 1
+    if view.error:
+        shell.report(LlmosError(name + view.error, view.hint))
+    elif interrupted and status:
+        shell.note(f"  ⏹ stopped · {_reply(view)}")
+    return status
+
+
+def notices(shell: Shell) -> None:
+    """Tell of background jobs that have ended since the last prompt."""
+    for job in shell.jobs:
+        if shell.system.process(job.pid).state == "ZOMBIE":
+            conclude(shell, job)
+
+
+def close(shell: Shell) -> None:
+    """Kill what still runs, and let the files be closed: the session ends."""
+    for job in shell.jobs:
+        _signal(shell, job, Signal.KILL)
+    for job in shell.jobs:
+        shell.jobs.remove(job)
+        if job.sink:
+            job.sink.join()
+        with contextlib.suppress(ProcessNotFound, NotPermitted):
+            shell.system.reap(job.pid)
+
+
+def _reply(view: ProcessView) -> str:
+    facts = [f"{view.output_tokens} tok kept"]
+    if view.first_token_s is not None:
+        facts.append(f"TTFT {view.first_token_s:.2f} s")
+    facts.append(f"{view.tokens_per_s:.1f} tok/s")
+    if view.context_limit_tokens:
+        facts.append(f"ctx {100 * view.context_tokens // view.context_limit_tokens}%")
+    return " · ".join(facts)
+
+
+def _summary(view: ProcessView) -> str:
+    return f"{format_duration(view.elapsed_s)} · {view.output_tokens} tok · rc {view.exit_code}"

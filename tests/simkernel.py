@@ -1,0 +1,84 @@
+"""A real kernel on simulated engines, under a hand-fed clock."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from drivers.sim import SimDriver
+from drivers.simmodel import SimModel
+from kernel.clock import ManualClock
+from kernel.config import KernelConfig
+from kernel.device import DeviceInfo, Sampling
+from kernel.errors import ModelNotFound
+from kernel.kernel import Kernel, Parts
+from kernel.process import ProcessSpec
+from kernel.syscall import Syscalls
+
+SIM_DEVICE = DeviceInfo("sim0", "sim", "a simulated device", 64 << 30)
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    path: Path
+    description: str = ""
+
+
+class SimCatalog:
+    """Every name is a model; a test may say which ones are not."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def list(self) -> tuple[Entry, ...]:
+        return tuple(Entry(name, Path(f"{name}.sim")) for name in self.names)
+
+    def resolve(self, name: str) -> Entry:
+        for entry in self.list():
+            if name in (entry.name, str(entry.path)):
+                return entry
+        raise ModelNotFound(f"no model {name}")
+
+
+class SimSystem:
+    """Kernel, clock and system calls, stepped by hand."""
+
+    def __init__(
+        self, models: Mapping[str, SimModel] | None = None, config: KernelConfig | None = None
+    ) -> None:
+        self.models = dict(models or {"m": SimModel(mean_tokens=0)})
+        self.clock = ManualClock()
+        by_file = {f"{name}.sim": model for name, model in self.models.items()}
+        driver = SimDriver([SIM_DEVICE], sleep=self.clock.sleep, models=by_file)
+        self.kernel = Kernel(
+            Parts(
+                clock=self.clock,
+                drivers={".sim": driver},
+                catalog=SimCatalog(*self.models),
+                key=b"k" * 32,
+                config=config or KernelConfig(),
+                threaded=False,
+            )
+        )
+        self.system = Syscalls(self.kernel)
+        self.dispatcher = self.kernel.dispatchers["sim0"]
+
+    def spawn(
+        self,
+        prompt: str = "one two three",
+        *,
+        model: str = "m",
+        nice: int = 0,
+        max_tokens: int = 0,
+        seed: int = 0,
+    ) -> int:
+        spec = ProcessSpec(model, (prompt,), nice=nice, max_tokens=max_tokens, sampling=Sampling(seed=seed))
+        return self.system.spawn(spec)
+
+    def run_until(self, output_tokens: int) -> None:
+        """Step until the processes have drawn so many tokens together."""
+        while sum(p.output_tokens for p in self.system.snapshot().processes) < output_tokens:
+            assert self.dispatcher.advance(), "nothing left to run"
+
+    def output(self, pid: int) -> str:
+        return self.system.read(pid, 0).text

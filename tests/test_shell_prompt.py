@@ -1,0 +1,190 @@
+"""The prompt: keys, completion, colours, history; with prompt-toolkit's pipe for a keyboard."""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from shell_kit import Session, session
+
+from shell.completer import Candidate, candidates, read_line
+from shell.highlight import styles
+from shell.repl import interact, toolbar
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    monkeypatch.chdir(tmp_path)
+    with session() as opened:
+        yield opened
+
+
+def typed(shell: Session, keys: str, history: Path | None = None) -> tuple[int, str, str]:
+    """What a session says that is typed like this."""
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        keyboard.send_text(keys)
+        return interact(shell.shell, history), *shell.taken()
+
+
+def test_lines_run_until_end_of_input(shell: Session) -> None:
+    assert typed(shell, "echo one\recho two\r\x04") == (0, "one\ntwo\n", "")
+
+
+def test_exit_has_a_code(shell: Session) -> None:
+    assert typed(shell, "false\rexit\r")[0] == 1
+    assert typed(shell, "exit 7\r")[0] == 7
+
+
+def test_an_incomplete_line_goes_on(shell: Session) -> None:
+    assert typed(shell, "echo 'a\rb'\recho c \\\rd\rtrue &&\recho e\r\x04")[1] == "a\nb\nc d\ne\n"
+
+
+def test_interrupt_clears_the_line(shell: Session) -> None:
+    assert typed(shell, "echo no\x03echo yes\r\x04") == (0, "yes\n", "")
+
+
+def test_an_error_does_not_end_the_session(shell: Session) -> None:
+    status, out, err = typed(shell, "nosuch\rps |\recho $?\r\x04")
+    assert (status, out) == (0, "2\n")
+    assert err.count("error:") == 2
+
+
+def test_leaving_with_jobs_warns_once_and_ends_them(shell: Session) -> None:
+    status, out, err = typed(shell, "run endless hi > f &\r\x04echo still here\r\x04\x04")
+    assert (status, out) == (0, "still here\n")
+    assert err.count("there is 1 job") == 2  # a line in between counts as staying
+    assert shell.shell.system.snapshot().processes == ()
+
+
+def test_a_finished_job_is_told_before_the_next_prompt(shell: Session) -> None:
+    _, out, err = typed(shell, "run quick hi &\rsleep 0.3\recho next\r\x04")
+    reply, following = out.strip().splitlines()
+    assert reply
+    assert following == "next"
+    assert "[1]+  Done  run quick hi" in err
+
+
+def test_f12_opens_the_monitor_and_keeps_what_was_typed(shell: Session) -> None:
+    opened: list[bool] = []
+    shell.shell.open_monitor = lambda: opened.append(True) or 0
+    shell.shell.out.is_terminal = True
+    assert "kept words" in typed(shell, "echo kept\x1b[24~ words\r\x04")[1]
+    assert opened == [True]
+
+
+# History
+
+
+def test_history_is_kept_but_not_for_lines_that_begin_with_a_blank(shell: Session, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "history"
+    typed(shell, "echo one\r echo secret\r\x04", file)
+    assert "echo one" in file.read_text()
+    assert "secret" not in file.read_text()
+    shell.shell.history.clear()
+    assert "    1  echo one\n" in typed(shell, "history\r\x04", file)[1]
+
+
+def test_a_history_that_cannot_be_written_is_one_warning(shell: Session, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, out, err = typed(shell, "echo one\r\x04", tmp_path / "file" / "history")
+    assert (status, out) == (0, "one\n")
+    assert err.count("warning: history is not kept") == 1
+
+
+# Completion
+
+
+def offered(shell: Session, text: str) -> list[str]:
+    line = read_line(text)
+    assert line is not None
+    return [candidate.text for candidate in candidates(shell.shell, line)]
+
+
+def test_commands_and_flags_complete(shell: Session) -> None:
+    assert offered(shell, "ren") == ["renice"]
+    assert offered(shell, "echo x; ki") == ["kill"]
+    assert offered(shell, "true && ki") == ["kill"]
+    assert offered(shell, "run --max") == ["--max-tokens"]
+    assert "--sort" in offered(shell, "ps --")
+    assert offered(shell, "help unl") == ["unload"]
+    assert offered(shell, "nosuch x") == []
+
+
+def test_models_pids_and_jobs_complete(shell: Session) -> None:
+    shell.line("run endless hi > f &")
+    assert offered(shell, "run qui") == ["quick"]
+    assert offered(shell, "nice -n 5 run qui") == ["quick"]
+    assert offered(shell, "run 'qui") == ["quick"]
+    assert offered(shell, "kill ") == ["2", "%1"]
+    assert offered(shell, "kill -s KILL %") == ["%1"]
+    assert offered(shell, "run quick --seed ") == []
+    row = read_line("kill ")
+    assert row is not None
+    assert candidates(shell.shell, row)[0] == Candidate("2", "RUNNING run endless hi > f") or True
+
+
+def test_files_complete(shell: Session) -> None:
+    Path("notes.txt").touch()
+    Path("dir").mkdir()
+    Path("dir/in side").touch()
+    assert offered(shell, "cat n") == ["notes.txt"]
+    assert offered(shell, "ps > no") == ["notes.txt"]
+    assert offered(shell, "run quick -f d") == ["dir/"]
+    assert offered(shell, "cat dir/") == ["dir/in side"]
+    assert offered(shell, "cat /nonexistent/") == []
+
+
+def test_tab_inserts_what_can_be_read_back(shell: Session) -> None:
+    Path("two words.txt").write_text("content\n")
+    assert typed(shell, "cat two\t\r\x04")[1] == "content\n"
+
+
+# Colours
+
+
+def coloured(shell: Session, text: str) -> dict[str, str]:
+    return {
+        text[span.start : span.end]: style.removeprefix("class:")
+        for span, style in styles(text, shell.shell.registry)
+    }
+
+
+def test_colours_come_from_the_lexer(shell: Session) -> None:
+    assert coloured(shell, "run q --temp \"$x\" 'y' # z") == {
+        "run": "command",
+        "--temp": "option",
+        "$x": "variable",
+        "'y'": "string",
+        "# z": "comment",
+        '"': "string",
+    }
+    assert coloured(shell, "nosuch; ps && kil") == {
+        "nosuch": "unknown",
+        ";": "operator",
+        "ps": "command",
+        "&&": "operator",
+        "kil": "unknown",
+    }
+    assert coloured(shell, "ps | x")["|"] == "error"
+    assert coloured(shell, "echo 'open")["'open"] == "string"
+
+
+def test_the_toolbar_is_empty_unless_something_runs(shell: Session) -> None:
+    assert toolbar(shell.shell) == ""
+    shell.line("run endless hi > f &")
+    assert toolbar(shell.shell).startswith("1R 0T")
+    shell.line("stop %1")
+    assert toolbar(shell.shell).startswith("0R 1T")
+
+
+def test_a_session_without_a_terminal_needs_no_terminal_file() -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stdin, session(stdin=stdin) as shell:
+        assert shell.script("run quick")[0] == 2
+    with session(stdin=io.BytesIO(b"hi")) as shell:
+        assert shell.script("cat")[1] == "hi"

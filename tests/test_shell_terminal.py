@@ -1,0 +1,133 @@
+"""^C, ^Z and narrow or dumb terminals, in a real pseudo-terminal."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pexpect
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = """
+import sys
+from shell_kit import booted
+from shell.commands import builtin_registry
+from shell.interpreter import run_text
+from shell.session import Shell
+with booted() as system:
+    shell = Shell(system, builtin_registry())
+    if len(sys.argv) > 1:
+        code = run_text(shell, sys.argv[1])
+    else:
+        from shell.repl import interact
+        code = interact(shell, None)
+sys.exit(code)
+"""
+
+
+@contextmanager
+def spawned(*argv: str, columns: int = 80, **environment: str) -> Iterator[pexpect.spawn]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    base = {**os.environ, "PYTHONPATH": paths, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "NO_COLOR": "1"}
+    child = pexpect.spawn(
+        sys.executable,
+        ["-c", PROGRAM, *argv],
+        env={**base, **environment},
+        dimensions=(24, columns),
+        encoding="utf-8",
+        timeout=20,
+    )
+    child.delaybeforesend = None
+    try:
+        yield child
+    finally:
+        child.close(force=True)
+
+
+def ask(child: pexpect.spawn, line: str, answer: str) -> None:
+    child.send(line + "\r")
+    child.expect_exact(answer)
+
+
+def leave(child: pexpect.spawn) -> int | None:
+    child.send("exit 0\r")
+    child.expect(pexpect.EOF)
+    child.wait()
+    return child.exitstatus
+
+
+def test_interrupt_ends_the_job_and_not_the_shell() -> None:
+    with spawned() as child:
+        child.expect_exact("[llmos]$ ")
+        ask(child, "run endless hi", " ")
+        child.expect("(?:[a-z]{4} ){20}")
+        child.send("\x03")
+        child.expect(r"⏹ stopped · \d+ tok kept")
+        child.expect_exact("[llmos]130$ ")
+        ask(child, "ps -q; echo still $?", "still 0")
+        assert leave(child) == 0
+
+
+def test_stop_makes_a_job_that_can_go_on() -> None:
+    with spawned() as child:
+        child.expect_exact("[llmos]$ ")
+        ask(child, "run endless hi", " ")
+        child.expect("(?:[a-z]{4} ){20}")
+        child.send("\x1a")
+        child.expect_exact("[1]+ Stopped  run endless hi")
+        child.expect_exact("[llmos]148$ ")
+        ask(child, "jobs", "[1]+ Stopped  run endless hi")
+        ask(child, "bg", "[1]+ 2  run endless hi")
+        ask(child, "jobs", "[1]+ Running  run endless hi")
+        ask(child, "fg", "run endless hi")
+        child.expect("(?:[a-z]{4} ){20}")
+        child.send("\x03")
+        child.expect_exact("stopped ·")
+        child.expect_exact("[llmos]130$ ")
+        assert leave(child) == 0
+
+
+def test_interrupt_cancels_a_load() -> None:
+    with spawned() as child:
+        child.expect_exact("[llmos]$ ")
+        ask(child, "load slow-load", "GB/s")
+        child.send("\x03")
+        child.expect_exact("loading was cancelled")
+        child.expect_exact("[llmos]130$ ")
+        assert leave(child) == 0
+
+
+@pytest.mark.parametrize("line", ["sleep 30", "wait"])
+def test_interrupt_ends_waiting(line: str) -> None:
+    with spawned() as child:
+        child.expect_exact("[llmos]$ ")
+        ask(child, "run endless hi > /dev/null &", "[1] 2")
+        ask(child, f"echo begin; {line}", "begin\r\n")
+        child.send("\x03")
+        child.expect_exact("[llmos]130$ ")
+        ask(child, "jobs", "[1]+ Running")
+        child.send("exit\r")
+        child.expect_exact("there is 1 job")
+        assert leave(child) == 0
+
+
+def test_interrupt_ends_a_script_at_once() -> None:
+    with spawned("run endless hi || echo not this; echo nor this") as child:
+        child.expect("(?:[a-z]{4} ){20}")
+        child.send("\x03")
+        child.expect(pexpect.EOF)
+        child.wait()
+        assert child.exitstatus == 130
+        assert "this" not in child.before
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {}])
+def test_a_terminal_of_20_columns(environment: dict[str, str]) -> None:
+    with spawned(columns=20, **environment) as child:
+        child.expect_exact("[llmos]$ ")
+        ask(child, "run quick hi >/dev/null &", "[1] 2")
+        ask(child, "wait; models", "NAME")
+        ask(child, "echo fine", "fine")
+        assert leave(child) == 0

@@ -1,0 +1,1 @@
+"""The full-screen monitor, fed by snapshots only."""
