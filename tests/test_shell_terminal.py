@@ -51,6 +51,11 @@ def ask(child: pexpect.spawn, line: str, answer: str) -> None:
     child.expect_exact(answer)
 
 
+def prompt(child: pexpect.spawn, status: str = "") -> None:
+    style = r"(?:\x1b\[[\d;]*m)*"
+    child.expect(rf"\[llmos\]{style}{status}{style}\$")
+
+
 def leave(child: pexpect.spawn) -> int | None:
     child.send("exit 0\r")
     child.expect(pexpect.EOF)
@@ -60,24 +65,24 @@ def leave(child: pexpect.spawn) -> int | None:
 
 def test_interrupt_ends_the_job_and_not_the_shell() -> None:
     with spawned() as child:
-        child.expect_exact("[llmos]$ ")
+        prompt(child)
         ask(child, "run endless hi", " ")
         child.expect("(?:[a-z]{4} ){20}")
         child.send("\x03")
         child.expect(r"⏹ stopped · \d+ tok kept")
-        child.expect_exact("[llmos]130$ ")
+        prompt(child, "130")
         ask(child, "ps -q; echo still $?", "still 0")
         assert leave(child) == 0
 
 
 def test_stop_makes_a_job_that_can_go_on() -> None:
     with spawned() as child:
-        child.expect_exact("[llmos]$ ")
+        prompt(child)
         ask(child, "run endless hi", " ")
         child.expect("(?:[a-z]{4} ){20}")
         child.send("\x1a")
         child.expect_exact("[1]+ Stopped  run endless hi")
-        child.expect_exact("[llmos]148$ ")
+        prompt(child, "148")
         ask(child, "jobs", "[1]+ Stopped  run endless hi")
         ask(child, "bg", "[1]+ 2  run endless hi")
         ask(child, "jobs", "[1]+ Running  run endless hi")
@@ -85,28 +90,28 @@ def test_stop_makes_a_job_that_can_go_on() -> None:
         child.expect("(?:[a-z]{4} ){20}")
         child.send("\x03")
         child.expect_exact("stopped ·")
-        child.expect_exact("[llmos]130$ ")
+        prompt(child, "130")
         assert leave(child) == 0
 
 
 def test_interrupt_cancels_a_load() -> None:
     with spawned() as child:
-        child.expect_exact("[llmos]$ ")
+        prompt(child)
         ask(child, "load slow-load", "GB/s")
         child.send("\x03")
         child.expect_exact("loading was cancelled")
-        child.expect_exact("[llmos]130$ ")
+        prompt(child, "130")
         assert leave(child) == 0
 
 
 @pytest.mark.parametrize("line", ["sleep 30", "wait"])
 def test_interrupt_ends_waiting(line: str) -> None:
     with spawned() as child:
-        child.expect_exact("[llmos]$ ")
+        prompt(child)
         ask(child, "run endless hi > /dev/null &", "[1] 2")
         ask(child, f"echo begin; {line}", "begin\r\n")
         child.send("\x03")
-        child.expect_exact("[llmos]130$ ")
+        prompt(child, "130")
         ask(child, "jobs", "[1]+ Running")
         child.send("exit\r")
         child.expect_exact("there is 1 job")
@@ -126,7 +131,7 @@ def test_interrupt_ends_a_script_at_once() -> None:
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {}])
 def test_a_terminal_of_20_columns(environment: dict[str, str]) -> None:
     with spawned(columns=20, **environment) as child:
-        child.expect_exact("[llmos]$ ")
+        prompt(child)
         ask(child, "run quick hi >/dev/null &", "[1] 2")
         ask(child, "wait; models", "NAME")
         ask(child, "echo fine", "fine")

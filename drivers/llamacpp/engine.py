@@ -16,8 +16,8 @@ import numpy as np
 
 from drivers.llamacpp import header, kvstate, layout, native
 from drivers.llamacpp.calibrate import measure
-from drivers.llamacpp.chat import Chat
 from drivers.llamacpp.planner import Plan, plan
+from drivers.llamacpp.prompts import Prompts
 from drivers.llamacpp.sampler import Sampler
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
@@ -33,10 +33,10 @@ from kernel.device import (
     SequenceStep,
     StepEvent,
 )
-from kernel.errors import AdmissionRefused, CheckpointInvalid, ContextFull, KernelFault, UsageError
+from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, UsageError
 
 MIB: Final = 1 << 20
-_BUFFER = re.compile(r"(KV|RS|compute|output)\s+buffer size\s*=\s*([0-9.]+) MiB")
+_BUFFER = re.compile(r"(KV|RS|compute|output|_REPACK model)\s+buffer size\s*=\s*([0-9.]+) MiB")
 
 
 def open_engine(
@@ -79,7 +79,7 @@ def _open(
     info = EngineInfo(
         context_tokens=slab.window_tokens,
         sequences=slab.seats,
-        weights_bytes=weights.bytes,
+        weights_bytes=weights.bytes + buffers.repacked_bytes,
         kv_bytes_per_token=buffers.kv_bytes // (slab.window_tokens * slab.seats),
         kv_bytes=buffers.kv_bytes,
         compute_bytes=buffers.compute_bytes,
@@ -112,6 +112,7 @@ class _Buffers:
 
     def __init__(self) -> None:
         self.kv_bytes = 0
+        self.repacked_bytes = 0
         self.compute_bytes = 0
 
     def hear(self, _level: str, line: str) -> None:
@@ -119,6 +120,8 @@ class _Buffers:
             size_bytes = round(float(size) * MIB)
             if kind in ("KV", "RS"):
                 self.kv_bytes += size_bytes
+            elif kind == "_REPACK model":
+                self.repacked_bytes += size_bytes  # a second copy of some weights, in a faster order
             else:
                 self.compute_bytes += size_bytes
 
@@ -131,7 +134,7 @@ class LlamaEngine:
         self._weights = weights
         self._slab = slab
         self._model = model
-        self._chat = Chat(weights)
+        self._prompts = Prompts(weights, info.context_tokens)
         self._ends = np.array(sorted(weights.ends), np.intp)
         self._sequences: dict[int, Sequence] = {}
         self._by_seat: list[Sequence] = []  # the same, in the order of their seats
@@ -140,14 +143,13 @@ class LlamaEngine:
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
-        sequence = self._start(seq, self._first_tokens(prompt), prompt, sampling)
-        return Opened(tuple(sequence.tokens))
+        tokens, answer_at = self._prompts.first(prompt)
+        self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
+        return Opened(tuple(tokens))
 
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         sequence = self._get(seq)
-        _check_limit(prompt)
-        added = self._next_tokens(prompt, sequence.tokens[-1])
-        self._check_room(len(sequence.tokens) + len(added))
+        added = self._prompts.next(prompt, sequence.tokens)
         sequence.tokens += added
         sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
         return Opened(tuple(added))
@@ -170,16 +172,16 @@ class LlamaEngine:
 
     def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
         self._check(seq)
-        tokens = self._replayed(prompt)
+        tokens, answer_at = self._prompts.replayed(prompt)
         computed, state = kvstate.unpack(self._model, tokens, kv)
-        sequence = self._start(seq, tokens, prompt, sampling)
+        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
         if computed and not self._slab.write(sequence.seat, state, computed):
             self.close(seq)
             raise CheckpointInvalid("llama.cpp does not take this KV state")
         sequence.computed = computed
         if computed >= sequence.prompt_tokens:
             sequence.given_tokens = computed  # what is left was drawn, and is computed as any drawn token
-        return Opened(tuple(sequence.tokens), computed)
+        return Opened(tuple(tokens), computed)
 
     def close(self, seq: int) -> None:
         sequence = self._sequences.pop(seq, None)
@@ -267,60 +269,20 @@ class LlamaEngine:
                 told.append(SequenceStep(sequence.id, min(done, sequence.given_tokens) - before, None, ""))
         return told
 
-    def _start(self, seq: int, tokens: list[int], prompt: Prompt, sampling: Sampling) -> Sequence:
+    def _start(
+        self, seq: int, tokens: list[int], answer_at: int, max_tokens: int, sampling: Sampling
+    ) -> Sequence:
         """Give a checked history a seat; a sequence of that number is ended first."""
-        _check_limit(prompt)
-        answer_at = (prompt.prompt_tokens or len(tokens)) if prompt.tokens else len(tokens)
-        self._check_room(answer_at)
         sampler = Sampler(sampling)
         self.close(seq)
-        seat = self._slab.take()
-        sequence = Sequence(seq, seat, tokens, 0, 0, self.info.context_tokens, sampling, sampler)
-        sequence.begin_answer(answer_at, prompt.max_tokens, self._weights)
+        sequence = Sequence(seq, self._slab.take(), tokens, 0, 0, self.info.context_tokens, sampling, sampler)
+        sequence.begin_answer(answer_at, max_tokens, self._weights)
         self._enter(sequence)
         return sequence
 
     def _enter(self, sequence: Sequence) -> None:
         self._sequences[sequence.id] = sequence
         self._by_seat = sorted(self._sequences.values(), key=lambda each: each.seat)
-
-    def _first_tokens(self, prompt: Prompt) -> list[int]:
-        if prompt.tokens:
-            return self._replayed(prompt)
-        if prompt.messages:
-            return _some(self._chat.begin(prompt.messages))
-        if not prompt.text:
-            raise UsageError("the prompt is empty")
-        return _some(self._weights.tokenize(prompt.text, begins=True, specials=True))
-
-    def _next_tokens(self, prompt: Prompt, last: int) -> list[int]:
-        if prompt.tokens:
-            return self._checked(prompt.tokens)
-        if prompt.messages:
-            return _some(self._chat.go_on(prompt.messages, last))
-        return _some(self._weights.tokenize(prompt.text, begins=False, specials=True))
-
-    def _replayed(self, prompt: Prompt) -> list[int]:
-        tokens = self._checked(prompt.tokens)
-        if not 0 <= prompt.prompt_tokens <= len(tokens):
-            raise UsageError(f"{prompt.prompt_tokens} prompt tokens of {len(tokens)}")
-        if len(tokens) > self.info.context_tokens:
-            self._check_room(len(tokens))
-        return tokens
-
-    def _checked(self, tokens: tuple[int, ...]) -> list[int]:
-        if not tokens:
-            raise UsageError("the prompt is empty")
-        if min(tokens) < 0 or max(tokens) >= self._weights.vocabulary_tokens:
-            raise UsageError(f"the model's tokens are 0 to {self._weights.vocabulary_tokens - 1}")
-        return list(tokens)
-
-    def _check_room(self, tokens: int) -> None:
-        if tokens >= self.info.context_tokens:
-            raise ContextFull(
-                f"{tokens} tokens leave no room in a context window of {self.info.context_tokens}",
-                "shorten the prompt, or load the model with a larger context",
-            )
 
     def _check(self, seq: int) -> None:
         if self._closed:
@@ -333,14 +295,3 @@ class LlamaEngine:
         if seq not in self._sequences:
             raise UsageError(f"sequence {seq} is not open")
         return self._sequences[seq]
-
-
-def _some(tokens: list[int]) -> list[int]:
-    if not tokens:
-        raise UsageError("the model has no tokens for this prompt")
-    return tokens
-
-
-def _check_limit(prompt: Prompt) -> None:
-    if prompt.max_tokens < 0:
-        raise UsageError(f"max_tokens {prompt.max_tokens}; it is 0 (no limit) or more")
