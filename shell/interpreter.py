@@ -52,10 +52,11 @@ def run_line(shell: Shell, text: str) -> int:
         shell.status = error.exit_code
         return shell.status
     try:
-        for item in script.items:
-            _run_and_or(shell, item, text)
-            if shell.status == _INTERRUPTED:
-                break
+        with shell.interrupts.noted(stop=True):
+            for item in script.items:
+                _run_and_or(shell, item, text)
+                if shell.interrupts.pressed:
+                    break
     except BrokenPipeError:
         shell.status = _BROKEN_PIPE
     return shell.status
@@ -76,7 +77,8 @@ def invoke(shell: Shell, words: list[str]) -> int:
     if not entry.plugin:
         return spec.run(shell, args)
     try:
-        return spec.run(shell, args)
+        with shell.interrupts.raised():
+            return spec.run(shell, args)
     except (LlmosError, BrokenPipeError, Exit):
         raise
     except (Exception, SystemExit) as error:
@@ -87,14 +89,14 @@ def invoke(shell: Shell, words: list[str]) -> int:
 def _concluded(shell: Shell, run: Callable[[], int]) -> int:
     """Run; wait for what was left in the background if all went well, else kill it."""
     try:
-        status = run()
-        for job in shell.jobs:
-            if status == 0 and jobs.wait_job(shell, job) == _INTERRUPTED:
-                status = _INTERRUPTED
+        with shell.interrupts.noted(stop=False):
+            status = run()
+            for job in shell.jobs:
+                if status == 0:
+                    jobs.wait_job(shell, job)
+                    status = _INTERRUPTED if shell.interrupts.pressed else 0
     except Exit as leave:
         status = leave.code
-    except KeyboardInterrupt:
-        status = _INTERRUPTED
     except BrokenPipeError:
         shell.out.discard()
         status = _BROKEN_PIPE
@@ -112,7 +114,7 @@ def _run_script(shell: Shell, text: str, name: str) -> int:
         return error.exit_code
     for item in script.items:
         counts = _run_and_or(shell, item, text)
-        if shell.status == _INTERRUPTED or (shell.status and counts):
+        if shell.interrupts.pressed or (shell.status and counts):
             _say_where(shell)
             break
     return shell.status
@@ -129,7 +131,7 @@ def _run_and_or(shell: Shell, item: AndOr, text: str) -> bool:
     _run_command(shell, item, item.first, text)
     counts = not item.rest
     for operator, command in item.rest:
-        if shell.status == _INTERRUPTED:
+        if shell.interrupts.pressed:
             return True
         if (shell.status == 0) == (operator == "&&"):
             _run_command(shell, item, command, text)
@@ -184,10 +186,12 @@ def _redirect(shell: Shell, frame: Frame, redirection: Redirection) -> None:
 def _guarded(shell: Shell, frame: Frame, run: Callable[[], int]) -> int:
     """Run a command; whatever it raises becomes one line and an exit code."""
     try:
-        return run()
+        status = run()
+        return _INTERRUPTED if shell.interrupts.pressed else status
     except (Exit, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a plugin's code was interrupted
+        shell.interrupts.pressed = True
         shell.out_line_done()
         return _INTERRUPTED
     except LlmosError as error:

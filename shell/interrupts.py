@@ -1,37 +1,66 @@
-"""^C and ^Z while something runs in the foreground: noted, never acted upon inside a handler.
+"""^C and ^Z while a line runs: noted, never acted upon inside a handler.
+
+A command that takes its time asks for them; what nobody asked for ends the list after the command.
+A plugin's code does not ask, so there ^C raises KeyboardInterrupt, as in any Python program.
 
 Owner: the main thread. On another thread nothing is caught (Python delivers signals to the main one).
 """
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class Interrupts:
-    """Within the `with` block, SIGINT (and with `stop`, SIGTSTP) only append to a list."""
+    """The signals of one session."""
 
-    def __init__(self, *, stop: bool = False) -> None:
-        self._signals = [signal.SIGINT, signal.SIGTSTP] if stop else [signal.SIGINT]
-        self._before: list[tuple[signal.Signals, object]] = []
+    def __init__(self) -> None:
+        self.pressed = False  # ^C, since the line began: its list of commands ends
         self._seen: list[int] = []
+        self._noting = False
+
+    @contextmanager
+    def noted(self, *, stop: bool) -> Iterator[None]:
+        """Within this block SIGINT (and with `stop`, SIGTSTP) only append to a list."""
+        if self._noting or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._seen.clear()
+        self.pressed = False
+        numbers = [signal.SIGINT, signal.SIGTSTP] if stop else [signal.SIGINT]
+        before = [(number, signal.signal(number, self._note)) for number in numbers]
+        self._noting = True
+        try:
+            yield
+        finally:
+            self._noting = False
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Within this block ^C raises KeyboardInterrupt."""
+        if not self._noting:
+            yield
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._note)
 
     def take(self) -> int | None:
         """The oldest signal that was noted and not yet taken."""
         return self._seen.pop(0) if self._seen else None
 
+    def take_interrupt(self) -> bool:
+        """Whether ^C was pressed; forgets all that was noted."""
+        pressed = signal.SIGINT in self._seen
+        self._seen.clear()
+        return pressed
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen.append(number)
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
-                self._before.append((number, signal.signal(number, self._note)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before:
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.pressed |= number == signal.SIGINT

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, BinaryIO
 from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal, Syscalls
-from shell.interrupts import Interrupts
 from shell.render import format_bytes, format_duration
 from shell.terminal import encode, fit, one_line
 
@@ -166,20 +165,19 @@ def foreground(shell: Shell, job: Job) -> int:
     ^C asks it to end, a second one kills it, a third leaves it to itself. ^Z stops it.
     """
     presses = 0
-    with Interrupts(stop=shell.interactive) as interrupts:
-        try:
-            while not _pump(shell, job):
-                match interrupts.take():
-                    case signal.SIGINT:
-                        presses += 1
-                        if presses > 2:
-                            return _INTERRUPTED
-                        _signal(shell, job, Signal.INT if presses == 1 else Signal.KILL)
-                    case signal.SIGTSTP if _signal(shell, job, Signal.STOP):
-                        return _stopped(shell, job)
-        except BrokenPipeError:
-            _signal(shell, job, Signal.TERM)
-            raise
+    try:
+        while not _pump(shell, job):
+            match shell.interrupts.take():
+                case signal.SIGINT:
+                    presses += 1
+                    if presses > 2:
+                        return _INTERRUPTED
+                    _signal(shell, job, Signal.INT if presses == 1 else Signal.KILL)
+                case signal.SIGTSTP if _signal(shell, job, Signal.STOP):
+                    return _stopped(shell, job)
+    except BrokenPipeError:
+        _signal(shell, job, Signal.TERM)
+        raise
     return finish(shell, job, interrupted=presses > 0)
 
 
@@ -215,13 +213,12 @@ def wait_job(shell: Shell, job: Job) -> int:
 
     ^C ends the waiting, not the job. A stopped job is not waited for.
     """
-    with Interrupts() as interrupts:
-        while shell.system.wait(job.pid, _POLL_S) is None:
-            if interrupts.take() is not None:
-                return _INTERRUPTED
-            if shell.system.process(job.pid).state == "STOPPED":
-                shell.note(f"[{job.number}] is stopped: `bg %{job.number}` continues it")
-                return _STOPPED
+    while shell.system.wait(job.pid, _POLL_S) is None:
+        if shell.interrupts.take_interrupt():
+            return _INTERRUPTED
+        if shell.system.process(job.pid).state == "STOPPED":
+            shell.note(f"[{job.number}] is stopped: `bg %{job.number}` continues it")
+            return _STOPPED
     return conclude(shell, job)
 
 

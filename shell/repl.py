@@ -52,9 +52,9 @@ def interact(shell: Shell, history: Path | None) -> int:
 def _loop(shell: Shell, session: PromptSession[str]) -> int:
     typed = ""
     while True:
-        jobs.notices(shell)
-        shell.out.finish_line()
         try:
+            jobs.notices(shell)
+            shell.out.finish_line()
             line = session.prompt(_prompt(shell), default=typed, pre_run=lambda: _refresh(shell))
         except KeyboardInterrupt:
             typed = ""

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import Syscalls
+from shell.interrupts import Interrupts
 from shell.jobs import JobTable
 from shell.registry import Registry
 from shell.syntax import ShellSyntaxError, Variable
@@ -82,6 +83,7 @@ class Shell:
     variables: dict[str, str] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
     jobs: JobTable = field(default_factory=JobTable)
+    interrupts: Interrupts = field(default_factory=Interrupts)
     frame: Frame = field(default_factory=Frame)
     place: Place = field(default_factory=Place)
     status: int = 0  # `$?`

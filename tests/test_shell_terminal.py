@@ -60,7 +60,7 @@ def leave(child: pexpect.spawn) -> int | None:
     child.send("exit 0\r")
     child.expect(pexpect.EOF)
     child.wait()
-    return child.exitstatus
+    return int(child.exitstatus) if child.exitstatus is not None else None
 
 
 def test_interrupt_ends_the_job_and_not_the_shell() -> None:
@@ -112,7 +112,7 @@ def test_interrupt_ends_waiting(line: str) -> None:
         ask(child, f"echo begin; {line}", "begin\r\n")
         child.send("\x03")
         prompt(child, "130")
-        ask(child, "jobs", "[1]+ Running")
+        ask(child, "jobs", "[1]+ ")
         child.send("exit\r")
         child.expect_exact("there is 1 job")
         assert leave(child) == 0
@@ -126,6 +126,16 @@ def test_interrupt_ends_a_script_at_once() -> None:
         child.wait()
         assert child.exitstatus == 130
         assert "this" not in child.before
+
+
+def test_tab_completes() -> None:
+    with spawned() as child:
+        prompt(child)
+        child.send("run end\t")
+        child.expect_exact("less")
+        child.send("\x03")
+        prompt(child)
+        assert leave(child) == 0
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {}])

@@ -227,7 +227,8 @@ class LlamaEngine:
         ready = [sequence for sequence, count in chosen if sequence.computed + count == len(sequence.tokens)]
         tokens = iter(self._draw(ready, rows) if ready else ())
         for sequence, count in chosen:
-            prompt_tokens = min(max(sequence.given_tokens - sequence.computed, 0), count)
+            given = sequence.given_tokens - sequence.computed
+            prompt_tokens = 0 if given <= 0 else min(given, count)
             sequence.computed += count
             if sequence.computed < len(sequence.tokens):
                 told.append(SequenceStep(sequence.id, prompt_tokens, None, ""))

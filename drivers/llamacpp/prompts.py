@@ -61,9 +61,9 @@ class Prompts:
         """The tokens, if there are any and they leave room for one more."""
         if not tokens:
             raise UsageError("the prompt is empty, or the model has no tokens for it")
-        if used_tokens + len(tokens) >= self._window_tokens:
+        if (total := used_tokens + len(tokens)) >= self._window_tokens:
             raise ContextFull(
-                f"{used_tokens + len(tokens)} tokens leave no room in a context window of {self._window_tokens}",
+                f"{total} tokens leave no room in a context window of {self._window_tokens}",
                 "shorten the prompt, or load the model with a larger context",
             )
         return tokens

@@ -38,8 +38,8 @@ class Sequence:
         if token in weights.ends and not self.sampling.ignore_eos:
             self.finish = "stop"
             return self.decoder.decode(b"", True)
-        self.finish = self._limit()
-        return self.decoder.decode(weights.piece(token), self.finish is not None)
+        self.finish = finish = self._limit()
+        return self.decoder.decode(weights.piece(token), finish is not None)
 
     def begin_answer(self, prompt_tokens: int, max_tokens: int, weights: Weights) -> None:
         """Say where the answer begins. What follows was emitted before: only its open character is kept.

@@ -74,17 +74,18 @@ class Slab:
     def _make_batch(self) -> None:
         """Arrays that the native batch points into, so that filling it is filling them."""
         size = self.capacity_tokens
-        self._tokens, self._positions, self._seats = (np.zeros(size, np.int32) for _ in range(3))
-        self._outputs = np.zeros(size, np.int8)
-        self._ones = np.ones(size, np.int32)
-        self._seat_at = (self._seats.ctypes.data + 4 * np.arange(size)).astype(np.uintp)
+        self._tokens, self._positions, self._seats = ((ctypes.c_int32 * size)() for _ in range(3))
+        self._outputs = (ctypes.c_int8 * size)()
+        self._ones = (ctypes.c_int32 * size)(*[1] * size)
+        each, at = ctypes.POINTER(ctypes.c_int32), ctypes.addressof(self._seats)
+        self._seat_at = (each * size)(*(ctypes.cast(at + 4 * row, each) for row in range(size)))
         self._batch = lib.llama_batch(
             n_tokens=0,
-            token=_pointer(self._tokens, ctypes.c_int32),
-            pos=_pointer(self._positions, ctypes.c_int32),
-            n_seq_id=_pointer(self._ones, ctypes.c_int32),
-            seq_id=_pointer(self._seat_at, ctypes.POINTER(ctypes.c_int32)),
-            logits=_pointer(self._outputs, ctypes.c_int8),
+            token=self._tokens,
+            pos=self._positions,
+            n_seq_id=self._ones,
+            seq_id=self._seat_at,
+            logits=self._outputs,
         )
 
     def take(self) -> int:
@@ -104,24 +105,25 @@ class Slab:
         tokens: list[int] = []
         positions: list[int] = []
         seats: list[int] = []
-        outputs: list[int] = []
+        wanted: list[int] = []
         for sequence, count in plan:
             begin = sequence.computed
             end = begin + count
             tokens += sequence.tokens[begin:end]
             positions += range(begin, end)
             seats += [sequence.seat] * count
-            if end == len(sequence.tokens):
-                outputs.append(len(tokens) - 1)
-        return outputs if self._decode(tokens, positions, seats, outputs) else None
+            wanted += [0] * (count - 1)
+            wanted.append(end == len(sequence.tokens))
+        if not self._decode(tokens, positions, seats, wanted):
+            return None
+        return [row for row, is_wanted in enumerate(wanted) if is_wanted]
 
-    def _decode(self, tokens: list[int], positions: list[int], seats: list[int], outputs: list[int]) -> bool:
+    def _decode(self, tokens: list[int], positions: list[int], seats: list[int], wanted: list[int]) -> bool:
         count = self._batch.n_tokens = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = positions
         self._seats[:count] = seats
-        self._outputs[:count] = 0
-        self._outputs[outputs] = 1
+        self._outputs[:count] = wanted
         answer = lib.llama_decode(self.context, self._batch)
         if answer == ABORTED:
             ctypes.memset(ctypes.addressof(self._abort_flag), 0, 1)

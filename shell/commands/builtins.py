@@ -7,7 +7,6 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError
 from shell.help import command_help, overview
-from shell.interrupts import Interrupts
 from shell.registry import Arguments, CommandSpec
 from shell.session import Exit, Shell
 
@@ -109,11 +108,10 @@ def _sleep_arguments(parser: Arguments) -> None:
 
 def _sleep(shell: Shell, args: Namespace) -> int:
     end_s = time.monotonic() + args.seconds
-    with Interrupts() as interrupts:
-        while (left_s := end_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, _POLL_S))
-            if interrupts.take() is not None:
-                return 130
+    while (left_s := end_s - time.monotonic()) > 0:
+        time.sleep(min(left_s, _POLL_S))
+        if shell.interrupts.take_interrupt():
+            return 130
     return 0
 
 

@@ -8,7 +8,6 @@ from kernel.errors import Interrupted, LlmosError, UsageError
 from kernel.snapshot import ModelView
 from kernel.syscall import EngineOptions
 from shell.commands.run import tokens
-from shell.interrupts import Interrupts
 from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
 from shell.render import (
@@ -61,18 +60,17 @@ def _is_checkpoint(name: str) -> bool:
 def _wait_load(shell: Shell, name: str, shown: str, began_s: float) -> ModelView:
     """Wait with a progress bar; ^C cancels. Raises what made the load fail, Interrupted."""
     cancelled = False
-    with Interrupts() as interrupts:
-        try:
-            while (done := shell.system.wait_load(name, _POLL_S)) is None:
-                if interrupts.take() is not None:
-                    cancelled = True
-                    shell.system.cancel_load(name)
-                _draw(shell, shown, time.monotonic() - began_s)
-        except LlmosError as error:
-            raise (Interrupted(f"{shown}: loading was cancelled") if cancelled else error) from None
-        finally:
-            if shell.err.animated:
-                shell.err.emit("\r\x1b[K")
+    try:
+        while (done := shell.system.wait_load(name, _POLL_S)) is None:
+            if shell.interrupts.take_interrupt():
+                cancelled = True
+                shell.system.cancel_load(name)
+            _draw(shell, shown, time.monotonic() - began_s)
+    except LlmosError as error:
+        raise (Interrupted(f"{shown}: loading was cancelled") if cancelled else error) from None
+    finally:
+        if shell.err.animated:
+            shell.err.emit("\r\x1b[K")
     return done
 
 

@@ -9,7 +9,6 @@ from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
 from shell.commands.targets import add_targets, for_each, pid_of, signal_of
 from shell.interpreter import invoke
-from shell.interrupts import Interrupts
 from shell.jobs import wait_job
 from shell.process_table import process_columns, sorted_by
 from shell.registry import Arguments, CommandSpec
@@ -127,17 +126,16 @@ def _wait(shell: Shell, args: Namespace) -> int:
     for pid in pids:
         job = shell.jobs.of(pid)
         status = wait_job(shell, job) if job else _wait_process(shell, pid)
-        if status == 130:
+        if shell.interrupts.pressed:
             break
     return status
 
 
 def _wait_process(shell: Shell, pid: int) -> int:
     """Wait for a process that is not a job of this shell."""
-    with Interrupts() as interrupts:
-        while (view := shell.system.wait(pid, _POLL_S)) is None:
-            if interrupts.take() is not None:
-                return 130
+    while (view := shell.system.wait(pid, _POLL_S)) is None:
+        if shell.interrupts.take_interrupt():
+            return 130
     return view.exit_code or 0
 
 

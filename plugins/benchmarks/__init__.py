@@ -1,0 +1,1 @@
+"""What `bench` measures, one file per subcommand. Not here: the command itself (plugins.bench)."""

@@ -1,0 +1,110 @@
+"""A kernel of the benchmark's own: one model, on the real driver, in a real worker process.
+
+It is LLMOS as it boots, but for the number of seats, so that nothing a user has loaded takes part.
+Also here: the model that is measured if none is named.
+Not here: what is measured.
+"""
+
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from drivers.llamacpp import header, layout
+from drivers.llamacpp.driver import LlamaCppDriver
+from kernel.clock import RealClock
+from kernel.device import Driver, EngineOptions, Sampling
+from kernel.errors import KernelFault, NotPermitted
+from kernel.kernel import Kernel, Parts
+from kernel.process import ProcessSpec
+from kernel.snapshot import ModelView
+from kernel.syscall import Syscalls
+from llmos.paths import find_paths, writable
+from llmos.store import Store
+from plugins.benchmarks.progress import Tell
+from shell.session import Shell
+
+GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A booted kernel with its model loaded."""
+
+    kernel: Kernel
+    system: Syscalls
+    model: ModelView
+
+    def spec(self, prompt: str, tokens: int, items: int = 1) -> ProcessSpec:
+        """A greedy process that draws exactly so many tokens per item."""
+        return ProcessSpec(
+            model=self.model.path,
+            prompts=(prompt,) * items,
+            raw=True,
+            sampling=GREEDY,
+            max_tokens=tokens,
+            command="bench",
+        )
+
+
+@contextmanager
+def booted(path: Path, options: EngineOptions, driver: Driver | None = None) -> Iterator[Machine]:
+    """Boot, load, and at the end shut down. Raises what the load raises."""
+    kernel = Kernel(
+        Parts(
+            clock=RealClock(),
+            drivers={".gguf": driver or LlamaCppDriver()},
+            catalog=Store(find_paths()),
+            options=options,
+            ram_available=layout.free_ram_bytes,
+        )
+    )
+    system = Syscalls(kernel)
+    try:
+        system.load(str(path))
+        model = system.wait_load(str(path))
+        if model is None or model.engine is None:
+            raise KernelFault(f"{path} did not load")
+        yield Machine(kernel, system, model)
+    finally:
+        system.shutdown()
+
+
+def options(path: Path, seats: int, window_tokens: int) -> EngineOptions:
+    """As the driver would decide, for so many seats of such a window: the same for who is compared."""
+    asked = EngineOptions(window_tokens, seats)
+    return layout.decide(header.read(path), asked, layout.free_ram_bytes(), layout.cores()).options
+
+
+def check_idle(shell: Shell) -> None:
+    """Raises NotPermitted where a user's processes would be measured too."""
+    running = [view.pid for view in shell.system.snapshot().processes if view.state in ("RUNNABLE", "RUNNING")]
+    if running:
+        pids = ", ".join(map(str, running))
+        raise NotPermitted(f"processes run: {pids}", "`wait` for them, or `stop` them: they would be measured too")
+
+
+def model_path(shell: Shell, name: str | None, tell: Tell) -> Path:
+    """The model that is named, or the benchmark's own. Raises ModelNotFound, ModelInvalid."""
+    if name is not None:
+        return shell.system.inspect(name)[0].path
+    return _own_model(shell.environment, tell)
+
+
+def _own_model(environ: Mapping[str, str], tell: Tell) -> Path:
+    """Random weights, 61 M parameters in Q8_0: what llama.cpp computes is bit-equal in any batch."""
+    from drivers.llamacpp.writer import Recipe, write_random  # deferred: imports numpy
+
+    recipe = Recipe(
+        width=512, layers=8, heads=8, kv_heads=4, ffn=1792, vocabulary=32_000, context_tokens=4096
+    )
+    folder = writable(find_paths(environ).state / "bench") or Path(tempfile.gettempdir())
+    path = folder / f"random-61m-{zlib.crc32(repr(recipe).encode()):08x}.gguf"
+    if not path.exists():
+        tell("writing a model of 61 M random parameters, this once")
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            write_random(Path(scratch) / path.name, recipe)
+            (Path(scratch) / path.name).replace(path)
+    return path

@@ -1,0 +1,189 @@
+"""Bad input, end to end: each gives one clear line, the right exit code, and the shell lives on."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from drivers.llamacpp.writer import Recipe, write_random
+
+REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
+NANO = Path(__file__).parent.parent / "llmos" / "builtin" / "nano.gguf"
+LLMOS = [sys.executable, "-m", "llmos"]
+
+
+def llmos(*words: str | bytes, stdin: bytes | None = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*LLMOS, *words], input=stdin, capture_output=True, timeout=60, env=os.environ | env, check=False
+    )
+
+
+def one_error(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
+    """Exit code, one error line that names these words, perhaps a hint, and never a traceback."""
+    text = done.stderr.decode()
+    assert done.returncode == code, text
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("  hint: ")]
+    assert len([line for line in lines if line.startswith("error: ")]) == 1, text
+    for word in words:
+        assert word in text
+
+
+def shell(columns: int = 100, **env: str) -> "pexpect.spawn[str]":
+    """An interactive shell at its prompt."""
+    settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm-256color", "LLMOS_NOHISTORY": "1"}
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "llmos"],
+        env=os.environ | settings | env,
+        dimensions=(30, columns),
+        encoding="utf-8",
+        timeout=30,
+    )
+    child.delaybeforesend = None
+    child.expect(r"\[llmos\]")
+    child.send("m=MARK\r")
+    return child
+
+
+def ask(child: "pexpect.spawn[str]", line: str) -> tuple[str, int]:
+    """Type a line; returns what it printed and its exit code."""
+    end = " " if line.endswith("&") else "; "
+    child.send(f"{line}{end}echo ${{m}}$?:\r")
+    return answer(child)
+
+
+def answer(child: "pexpect.spawn[str]") -> tuple[str, int]:
+    child.expect(r"MARK(\d+):")
+    return str(child.before), int(str(child.match[1]))
+
+
+def leave(child: "pexpect.spawn[str]") -> None:
+    child.expect(r"\[llmos\]")
+    child.send("\x04")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_a_missing_model_file() -> None:
+    one_error(llmos("run", "./no-such.gguf", "hello"), 127, "no-such.gguf")
+
+
+def test_a_missing_model_name() -> None:
+    one_error(llmos("run", "nanno", "hello"), 127, "nanno", "nano")
+
+
+def test_a_truncated_model(tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(NANO.read_bytes()[:-1000])
+    one_error(llmos("run", str(file), "hello"), 126, "cut.gguf")
+
+
+def test_random_bytes_as_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "noise.gguf"
+    file.write_bytes(random.Random(1).randbytes(50_000))
+    one_error(llmos("run", str(file), "hello"), 126, "noise.gguf")
+
+
+def test_a_pipe_as_a_model_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    one_error(llmos("run", str(tmp_path / "pipe.gguf"), "hello"), 126, "pipe.gguf")
+
+
+def test_a_wrong_pid() -> None:
+    one_error(llmos("kill", "4711"), 1, "4711")
+    one_error(llmos("kill", "seven"), 2, "seven")
+
+
+@pytest.mark.parametrize("nice", ["20", "-21", "much"])
+def test_a_bad_nice_value(nice: str) -> None:
+    one_error(llmos("run", "nano", "hello", f"--nice={nice}"), 2, nice)
+
+
+def test_a_full_context(tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("words and words " * 2000)
+    one_error(llmos("run", "nano", "-f", str(long)), 1, "tokens")
+    overflow = llmos("run", "nano", "hello", "--ignore-eos", "--ctx", "256")
+    one_error(overflow, 1, "context window of 256 tokens is full", "--ctx")
+    assert len(overflow.stdout) > 100  # what was said before is kept
+
+
+def test_a_prompt_of_invalid_utf8() -> None:
+    done = llmos("run", "nano", "--temp", "0", b"\xff\xfe\x80 list processes")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.stdout.strip()
+    piped = llmos("run", "nano", "--lines", "--temp", "0", stdin=b"what is running?\n\xff\xfe\n")
+    assert piped.returncode == 0 and piped.stdout.splitlines()[0] == b"ps"
+    assert len(piped.stdout.splitlines()) == 2
+
+
+def test_a_worker_killed_from_outside_during_generation(tmp_path: Path) -> None:
+    """Its job goes on by itself, with the same 400 answers; 318 of them are known to be right."""
+    child = shell()
+    ask(child, f"run nano --lines --temp 0 -f {REQUESTS} > {tmp_path}/out.txt &")
+    row = re.search(r'"worker_pid": (\d+)', ask(child, "load nano; models --json")[0])
+    assert row is not None
+    os.kill(int(row[1]), signal.SIGKILL)
+    assert ask(child, "wait")[1] == 0
+    assert '"restarts": 1' in ask(child, "models --json")[0]
+    assert "signal 9" in ask(child, "dmesg --level error")[0]
+    leave(child)
+    replies = (tmp_path / "out.txt").read_text().splitlines()
+    rows = [line.split("\t") for line in REQUESTS.with_suffix(".tsv").read_text().splitlines()[1:]]
+    assert len(replies) == 400
+    assert sum(reply == right for reply, (_, right) in zip(replies, rows, strict=True)) == 318
+
+
+def test_interrupt_during_a_load(tmp_path: Path) -> None:
+    """^C cancels the load; the shell lives and can load again."""
+    model = tmp_path / "big.gguf"
+    write_random(model, Recipe(width=512, layers=8, heads=8, kv_heads=4, ffn=1536, vocabulary=16000))
+    child = shell()
+    child.send(f"load {model}\r")
+    time.sleep(0.3)
+    child.send("\x03")
+    text, code = ask(child, "x=$?; models; exit_code=$x")
+    assert "Traceback" not in text
+    assert "loaded" not in text or code == 0
+    assert ask(child, "run nano --temp 0 what is running?")[0].count("ps")
+    leave(child)
+
+
+def test_a_read_only_home(tmp_path: Path) -> None:
+    home = Path("/proc/llmos-home")  # nobody, not even root, can make a folder there
+    done = llmos("run", "nano", "--temp", "0", "what is running?", LLMOS_HOME=str(home))
+    assert (done.returncode, done.stdout) == (0, b"ps\n"), done.stderr
+    child = shell(LLMOS_HOME=str(home))
+    assert "ps" in ask(child, "run nano --temp 0 what is running?")[0]
+    leave(child)
+
+
+def test_a_terminal_of_20_columns() -> None:
+    child = shell(columns=20)
+    for line in ("run nano --temp 0 hi", "ps -a", "models", "free", "help", "jobs"):
+        text, code = ask(child, line)
+        assert code == 0
+        assert "Traceback" not in text and "error: internal" not in text
+    leave(child)
+
+
+def test_the_interrupt_key_ends_the_job_and_keeps_the_shell() -> None:
+    child = shell()
+    child.send(f"run nano --ignore-eos --lines -f {REQUESTS}\r")
+    time.sleep(1.5)
+    child.send("\x03")
+    child.expect("stopped")
+    child.send("echo ${m}$?:\r")
+    assert answer(child)[1] == 130
+    child.send("half a line\x03")
+    assert "ps" in ask(child, "run nano --temp 0 what is running?")[0]
+    leave(child)
