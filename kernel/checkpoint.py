@@ -6,12 +6,12 @@ used only when the MAC is ours and the model file is the same; otherwise tokens 
 Not here: engines (the dispatcher dumps and restores), the journal.
 """
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import struct
-import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,27 +43,30 @@ class Checkpoint:
 
 
 def model_digest(path: Path) -> str:
-    """Tells two model files apart: size and the first mebibyte (which holds a GGUF's whole header)."""
-    with path.open("rb") as file:
-        head = hashlib.sha256(file.read(1 << 20))
-    head.update(path.stat().st_size.to_bytes(8, "little"))
+    """Tells two model files apart: size and the first mebibyte (which holds a GGUF's whole header). Raises LlmosError."""
+    try:
+        with path.open("rb") as file:
+            head = hashlib.sha256(file.read(1 << 20))
+        head.update(path.stat().st_size.to_bytes(8, "little"))
+    except OSError as error:
+        raise LlmosError(f"cannot read the model file {path}: {error.strerror}") from error
     return head.hexdigest()
 
 
 def write(checkpoint: Checkpoint, path: Path, key: bytes) -> int:
     """Write atomically, mode 0600: a temporary file, fsync, rename. Returns bytes. Raises LlmosError."""
     blob = encode(checkpoint, key)
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise LlmosError(f"cannot write {path}: {error.strerror}") from error
     return len(blob)
 

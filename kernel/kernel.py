@@ -8,12 +8,10 @@ Not here: the door (syscall), devices' work (dispatcher), loading (loader).
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kernel import checkpoint
 from kernel.bus import Bus
 from kernel.clock import Clock
 from kernel.config import KernelConfig
@@ -38,6 +36,9 @@ from kernel.message import Message
 from kernel.models import Catalog, CatalogEntry, Model, ModelState
 from kernel.process import Process, ProcessSpec, ProcessTable, Signal, State
 from kernel.snapshot import LogView
+
+if TYPE_CHECKING:
+    from kernel.checkpoint import Checkpoint
 
 T = TypeVar("T")
 
@@ -169,6 +170,8 @@ class Kernel:
         return process
 
     def restore(self, path: Path) -> Process:
+        from kernel import checkpoint  # deferred: a session that saves nothing need not pay for it
+
         saved = checkpoint.read(path, self.parts.key)
         check_spec(saved.spec)
         entry = self.catalog.resolve(saved.spec.model)
@@ -193,24 +196,29 @@ class Kernel:
         return process
 
     def save(self, pid: int, path: Path) -> int:
+        from kernel import checkpoint
+
         with self.table.lock:
             process = self.table.alive(pid)
             model = self.models[process.model]
         taken = self._on_dispatcher(model, lambda: self._take(process, model))
         return checkpoint.write(taken, path, self.parts.key)
 
-    def _take(self, process: Process, model: Model) -> checkpoint.Checkpoint:
+    def _take(self, process: Process, model: Model) -> "Checkpoint":
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
+        from kernel import checkpoint
+
         dispatcher, thread = self.dispatchers[model.device.name], process.threads[0]
         dispatcher.drain()
         kv = thread.kv
         if model.host is not None and thread.seat is not None and thread.computed:
             kv = model.host.dump(thread.seat)
+        digest = checkpoint.model_digest(model.info.path)
         with self.table.lock:
             self.table.alive(process.pid)
             return checkpoint.Checkpoint(
                 spec=process.spec,
-                model_digest=checkpoint.model_digest(model.info.path),
+                model_digest=digest,
                 tokens=tuple(thread.tokens),
                 prompt_length=thread.prompt_length,
                 replies=tuple(process.replies),
@@ -438,19 +446,27 @@ class Kernel:
 
     def _on_dispatcher(self, model: Model, act: Callable[[], T]) -> T:
         """Run an act on the thread that owns the model's engine; returns or raises what it does."""
-        answer: Future[T] = Future()
+        answered = threading.Event()
+        results: list[T] = []
+        errors: list[LlmosError] = []
 
         def request() -> None:
             try:
-                answer.set_result(act())
+                results.append(act())
             except LlmosError as error:
-                answer.set_exception(error)
+                errors.append(error)
+            except Exception as bug:  # the caller hears of it; the dispatcher lives
+                errors.append(KernelFault(f"{type(bug).__name__}: {bug}"))
+            answered.set()
 
         dispatcher = self.dispatchers[model.device.name]
         dispatcher.submit(request)
         if not self.parts.threaded:
             dispatcher.serve_requests()
-        return answer.result()
+        answered.wait()
+        for error in errors:
+            raise error
+        return results[0]
 
 
 def check_nice(nice: int) -> None:

@@ -94,7 +94,7 @@ class Model:
         costs = self.open_host().info.step_cost_s
         sizes = sorted(costs)
         size = next((n for n in sizes if n >= sequences), sizes[-1])
-        return costs[size] / size
+        return max(costs[size] / size, 1e-9)
 
     def view(self) -> ModelView:
         host = self.host

@@ -4,7 +4,6 @@ Reads as a table of contents. Owner: `llmos.cli` calls it once.
 """
 
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def _key(paths: Paths) -> bytes:
     Without a writable home it lasts as long as the process: checkpoints still load, by computing again.
     """
     folder = writable(paths.state)
-    fresh = secrets.token_bytes(32)
+    fresh = os.urandom(32)
     if folder is None:
         return fresh
     file = folder / "key"

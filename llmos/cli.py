@@ -84,7 +84,7 @@ def _script(options: argparse.Namespace) -> tuple[str, str] | None:
         return None
     if sys.stdin is None:
         raise UsageError("there is no standard input", "llmos -c TEXT, llmos -f FILE or llmos COMMAND")
-    return sys.stdin.read(), "standard input"
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input"
 
 
 def _read(file: Path) -> str:

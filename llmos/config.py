@@ -8,7 +8,6 @@ Owner: boot loads one `Config`, which then never changes. Not here: limits of th
 """
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,8 @@ def _read_toml(path: Path, required: bool) -> dict[str, object]:
     """The table in a file. A file that need not be there, and is not or lies out of reach, is empty."""
     if not required and not _is_file(path):
         return {}
+    import tomllib  # deferred: most people have no file
+
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:

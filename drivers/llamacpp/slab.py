@@ -74,9 +74,10 @@ class Slab:
     def _make_batch(self) -> None:
         """Arrays that the native batch points into, so that filling it is filling them."""
         size = self.capacity_tokens
-        self._tokens, self._positions, self._seats = ((ctypes.c_int32 * size)() for _ in range(3))
-        self._outputs = (ctypes.c_int8 * size)()
-        self._ones = (ctypes.c_int32 * size)(*[1] * size)
+        numbers: Any = ctypes.c_int32 * size  # ctypes takes lists in slice assignments; its stubs do not
+        self._tokens, self._positions, self._seats = numbers(), numbers(), numbers()
+        self._outputs: Any = (ctypes.c_int8 * size)()
+        self._ones = numbers(*[1] * size)
         each, at = ctypes.POINTER(ctypes.c_int32), ctypes.addressof(self._seats)
         self._seat_at = (each * size)(*(ctypes.cast(at + 4 * row, each) for row in range(size)))
         self._batch = lib.llama_batch(
