@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 def model_digest(path: Path) -> str:
-    """Tells two model files apart: size and the first mebibyte (which holds a GGUF's whole header). Raises LlmosError."""
+    """Tells two model files apart: by size and the first mebibyte. Raises LlmosError (not readable)."""
     try:
         with path.open("rb") as file:
             head = hashlib.sha256(file.read(1 << 20))

@@ -5,15 +5,18 @@ scheduler's use of it. Virtual time V advances by (service / total weight); a me
 less than V says (lag >= 0) is eligible, and among the eligible the nearest virtual deadline wins.
 Pure: no clock, no locks, no threads. Every operation is O(log n), amortised.
 
-Members stand in one of two places: *seated* (they can be picked) or *waiting* for a seat in the KV
-cache. Both count in the total weight, so a member that waits builds up lag.
-Not here: what a seat is, how long a quantum is (scheduler).
+A member may be *ready* (it has a seat in the KV cache and can be picked), *waiting* for a seat, or, as a
+group can, both. Each counts in the total weight, so a member that only waits builds up lag.
+Other policies order the same accounts in other ways (policy).
+Not here: what a seat is, how long a quantum is (scheduler), groups (runqueue).
 """
 
-import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Generic, TypeVar
+
+from kernel.policy import FAIR, Policy, Terms
 
 PROMPT_UNITS = 1.0
 OUTPUT_UNITS = 2.0
@@ -39,36 +42,43 @@ def weight_of(nice: int) -> float:
 Entity = TypeVar("Entity", bound=Hashable)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member(Generic[Entity]):
-    """A member's account."""
+    """A member's account; what a policy sees of it is told in `policy.Account`."""
 
     entity: Entity
     weight: float
-    vruntime: float  # virtual time up to which it has been served
-    order: int  # of joining: breaks ties, so that equal members take turns
-    seated: bool = False
-    stamp: int = 0  # of its newest heap entry; older ones are dead
-    ideal_mark: float = 0.0  # the ideal clock when `due` was last brought up to date
+    vruntime: float
+    order: int
+    turn: int
+    ideal_mark: float  # the ideal clock when `due` was last brought up to date
+    ready: bool = False
+    waiting: bool = False
+    held: int = 0
+    spent_units: float = 0.0
+    moved: bool = False  # served since its heap entry was made
+    turn_stamp: int = 0  # of its entry among the ready; others are dead
+    seat_stamp: int = 0  # of its entry among the waiting
 
 
-Entry = tuple[float, int, int, Member[Entity]]
+Entry = tuple[float, float, int, Member[Entity]]
 
 
 @dataclass(slots=True)
 class FairQueue(Generic[Entity]):
-    """The runnable members of one device."""
+    """The runnable members of one device, or of one model on it."""
 
-    slice_units: float = 8.0  # the request that deadlines are computed from
-    seat_units: float = 1000.0  # the request of one who waits for a seat: seats change hands more slowly
+    policy: Policy = FAIR
+    terms: Terms = field(default_factory=Terms)
     virtual: float = 0.0
     weight: float = 0.0
     _ideal: float = 0.0  # like `virtual`, without the jumps of joins and leaves
-    _order: int = 0
+    _stamp: int = 0
+    _turn: int = 0
     _members: dict[Entity, Member[Entity]] = field(default_factory=dict)
-    _ready: list[Entry[Entity]] = field(default_factory=list)  # seated and eligible, by deadline
-    _early: list[Entry[Entity]] = field(default_factory=list)  # seated, ahead of V, by vruntime
-    _waiting: list[Entry[Entity]] = field(default_factory=list)  # not seated, by deadline
+    _ready: list[Entry[Entity]] = field(default_factory=list)  # ready and eligible, in the policy's order
+    _early: list[Entry[Entity]] = field(default_factory=list)  # ready, ahead of V, by vruntime
+    _waiting: list[Entry[Entity]] = field(default_factory=list)  # for a seat, in the policy's order
 
     def __len__(self) -> int:
         return len(self._members)
@@ -76,15 +86,18 @@ class FairQueue(Generic[Entity]):
     def __contains__(self, entity: Entity) -> bool:
         return entity in self._members
 
-    def join(self, entity: Entity, weight: float, lag: float = 0.0, *, seated: bool = False) -> None:
-        """Become runnable, with the lag (in service units) kept from the last `leave`."""
+    def __iter__(self) -> Iterator[Entity]:
+        return iter(self._members)
+
+    # Members
+
+    def join(self, entity: Entity, weight: float, lag: float = 0.0) -> None:
+        """Become runnable, with the lag (in service units) kept from the last `leave`; `place` comes next."""
         self.virtual -= lag / (self.weight + weight)
         self.weight += weight
-        self._order += 1
-        member = Member(entity, weight, self.virtual - lag / weight, self._order, seated)
-        member.ideal_mark = self._ideal
-        self._members[entity] = member
-        self._push(member)
+        self._turn += 1
+        vruntime = self.virtual - lag / weight
+        self._members[entity] = Member(entity, weight, vruntime, self._turn, self._turn, self._ideal)
 
     def leave(self, entity: Entity) -> float:
         """Stop being runnable; returns the lag. The others share what it leaves behind."""
@@ -95,7 +108,8 @@ class FairQueue(Generic[Entity]):
             self.virtual += lag / self.weight
         else:
             self.weight = 0.0
-        member.stamp += 1
+        member.turn_stamp = member.seat_stamp = 0
+        self._compact()
         return lag
 
     def reweight(self, entity: Entity, weight: float) -> None:
@@ -106,20 +120,30 @@ class FairQueue(Generic[Entity]):
         self.weight += weight - member.weight
         member.weight = weight
         member.vruntime = self.virtual - lag / weight
-        self._push(member)
+        self._enter(member)
 
-    def seat(self, entity: Entity, seated: bool) -> None:
-        """Move between those who can be picked and those who wait for a seat."""
+    def place(self, entity: Entity, *, held: int, waiting: bool) -> None:
+        """Say how many seats it has (ready, if any) and whether it waits for one more."""
         member = self._members[entity]
-        member.seated = seated
-        self._push(member)
+        if held > member.held:
+            member.spent_units = 0.0
+        member.held, member.ready, member.waiting = held, held > 0, waiting
+        self._enter(member)
+
+    # Accounts
 
     def charge(self, entity: Entity, units: float) -> None:
         """Count service, as it is granted; what was granted and not used comes back as a negative charge."""
         member = self._members[entity]
         member.vruntime += units / member.weight
+        member.spent_units += units
         self.virtual += units / self.weight
-        self._push(member)
+        if units > 0.0:
+            self._turn += 1
+            member.turn = self._turn
+            member.moved = True  # its keys only rose: put right when they come up
+        else:
+            self._enter(member)
 
     def served(self, units: float) -> None:
         """Advance the ideal clock by service that was really given, to whomever."""
@@ -142,47 +166,104 @@ class FairQueue(Generic[Entity]):
         member = self._members[entity]
         return (self.virtual - member.vruntime) * member.weight
 
+    def outranks(self, waiting: Entity, seated: Entity) -> bool:
+        """Whether one who waits should have the seat of another."""
+        members = self._members
+        return self.policy.outranks(members[waiting], members[seated], self.virtual, self.terms)
+
     def vruntime(self, entity: Entity) -> float:
         """Virtual time up to which it has been served."""
         return self._members[entity].vruntime
 
+    # Order
+
     def pick(self) -> Entity | None:
-        """The seated member with the best claim; it stays. None if no one is seated."""
-        while self._early and (self._dead(self._early) or self._early[0][0] <= self.virtual):
-            *_, stamp, member = heapq.heappop(self._early)
-            if stamp == member.stamp:
-                self._push(member)
-        while self._ready:
-            if self._dead(self._ready):
-                heapq.heappop(self._ready)
-            elif self._ready[0][3].vruntime > self.virtual + 1e-9:  # V went back: a refund, a leave
-                self._push(self._ready[0][3])
+        """The ready member with the best claim; it stays. None if no one is ready."""
+        self._promote()
+        ready, policy = self._ready, self.policy
+        while ready:
+            _, _, stamp, member = ready[0]
+            if stamp != member.turn_stamp:
+                heappop(ready)
+            elif not policy.eligible(member, self.virtual):
+                heappop(ready)
+                heappush(self._early, (member.vruntime, 0.0, stamp, member))
+            elif member.moved:
+                member.moved = False
+                heapreplace(ready, (*policy.turn(member, self.terms), stamp, member))
             else:
-                return self._ready[0][3].entity
-        return self._early[0][3].entity if self._early else None
+                return member.entity
+        return self._early[0][3].entity if self._early else None  # V went back: take the least ahead
 
     def first_waiting(self) -> Entity | None:
-        """The member that has waited for a seat with the best claim."""
-        while self._waiting and self._dead(self._waiting):
-            heapq.heappop(self._waiting)
-        return self._waiting[0][3].entity if self._waiting else None
+        """The member with the best claim to a seat, of those that wait for one."""
+        waiting = self._waiting
+        while waiting:
+            first, second, stamp, member = waiting[0]
+            if stamp != member.seat_stamp:
+                heappop(waiting)
+                continue
+            key = self.policy.seat(member, self.terms)
+            if key == (first, second):
+                return member.entity
+            heapreplace(waiting, (*key, stamp, member))
+        return None
+
+    def set_terms(self, terms: Terms) -> None:
+        """Measure claims by other sizes."""
+        self.terms = terms
+        for member in self._members.values():
+            self._enter(member)
 
     def check_integrity(self) -> None:
-        """Total weight and total lag are what they must be. Raises AssertionError."""
+        """Totals are what they must be, and garbage is bounded. Raises AssertionError."""
         total = sum(m.weight for m in self._members.values())
         assert abs(total - self.weight) <= 1e-6 * max(1.0, total), (total, self.weight)
         lag = sum(map(self.lag, self._members))
         assert abs(lag) <= 1e-6 * max(1.0, abs(self.virtual) * total), lag
+        for heap in (self._ready, self._early, self._waiting):
+            assert len(heap) <= self._room(), (len(heap), len(self))
 
-    def _push(self, member: Member[Entity]) -> None:
-        member.stamp += 1
-        key, heap = member.vruntime, self._early
-        if not member.seated:
-            key, heap = member.vruntime + self.seat_units / member.weight, self._waiting
-        elif member.vruntime <= self.virtual + 1e-9:
-            key, heap = member.vruntime + self.slice_units / member.weight, self._ready
-        heapq.heappush(heap, (key, member.order, member.stamp, member))
+    def _promote(self) -> None:
+        """Those whose time has come may be picked again."""
+        early, eligible, virtual = self._early, self.policy.eligible, self.virtual
+        while early:
+            at, _, stamp, member = early[0]
+            if stamp != member.turn_stamp:
+                heappop(early)
+            elif at < member.vruntime:
+                heapreplace(early, (member.vruntime, 0.0, stamp, member))
+            elif eligible(member, virtual):
+                heappop(early)
+                member.moved = False
+                heappush(self._ready, (*self.policy.turn(member, self.terms), stamp, member))
+            else:
+                return
 
-    @staticmethod
-    def _dead(heap: list[Entry[Entity]]) -> bool:
-        return heap[0][2] != heap[0][3].stamp
+    def _enter(self, member: Member[Entity]) -> None:
+        """New entries for a member whose keys may have fallen; older ones are dead."""
+        self._stamp += 1
+        member.turn_stamp = member.seat_stamp = 0
+        member.moved = False
+        if member.ready:
+            member.turn_stamp = self._stamp
+            heappush(self._ready, (*self.policy.turn(member, self.terms), self._stamp, member))
+        if member.waiting:
+            member.seat_stamp = self._stamp
+            heappush(self._waiting, (*self.policy.seat(member, self.terms), self._stamp, member))
+        self._compact()
+
+    def _room(self) -> int:
+        """Entries that a heap may have: half of them dead."""
+        return 2 * len(self._members) + 16
+
+    def _compact(self) -> None:
+        """Sweep a heap that is mostly dead entries; paid for by the pushes that made them."""
+        room = self._room()
+        for heap in (self._ready, self._early):
+            if len(heap) > room:
+                heap[:] = [entry for entry in heap if entry[2] == entry[3].turn_stamp]
+                heapify(heap)
+        if len(self._waiting) > room:
+            self._waiting[:] = [entry for entry in self._waiting if entry[2] == entry[3].seat_stamp]
+            heapify(self._waiting)
