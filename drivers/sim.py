@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drivers.brake import AbortFlag
+from drivers.prompt_queue import PromptQueue
 from drivers.simmodel import SimFaults, SimModel, error_named, read_model
 from kernel.device import (
     DeviceInfo,
@@ -114,14 +115,23 @@ class SimEngine:
         self._abort_flag = abort_flag
         self._die = die  # how to end without a word; None: by WorkerDied
         self._sequences: dict[int, _Sequence] = {}
+        self._queue = PromptQueue()
         self._steps = 0
         self._calls: dict[str, int] = {}
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
+        opened = self._open(seq, prompt, sampling)
+        self._queue.drop(seq)
+        return opened
+
+    def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._perhaps_fail("open", self._faults.fail_open_at)
         tokens = self._fitting(tokenize(prompt), held_tokens=0)
         self._sequences[self._seat(seq)] = self._begin(tokens, 0, prompt, sampling)
         return Opened(tuple(tokens))
+
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        self._queue.add(self._seat(seq), prompt, sampling)
 
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         sequence = self._held(seq)
@@ -133,22 +143,27 @@ class SimEngine:
         return Opened(tuple(tokens))
 
     def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
+        news = self._queue.take_up(quota_tokens, self._is_over, self._open)
         plan = self._plan(quota_tokens)
         if not plan:
-            return None
+            return StepEvent(0, 0.0, tuple(news)) if news else None
         self._steps += 1
         self._perhaps_break()
         step_s = self._cost_s(plan)
         passed_s = self._pass_time(step_s)
         if passed_s < step_s:
-            return StepEvent(0, passed_s, ())
+            return StepEvent(0, passed_s, tuple(news))
         for seq, _, count in plan:
             quota_tokens[seq] -= count
-        return StepEvent(0, step_s, tuple([self._advance(*item) for item in plan]))
+        return StepEvent(0, step_s, tuple(news + [self._advance(*item) for item in plan]))
 
-    def fork(self, source: int, target: int) -> None:
-        sequence = self._held(source)
-        self._sequences[self._seat(target)] = replace(sequence, tokens=list(sequence.tokens))
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
+        twin = replace(self._held(source))
+        twin.tokens = list(twin.tokens)
+        if sampling is not None:
+            twin.seed, twin.ignore_eos = self._seed(sampling), sampling.ignore_eos
+        self._sequences[self._seat(target)] = twin
+        self._queue.drop(target)
 
     def dump(self, seq: int) -> bytes:
         self._perhaps_fail("dump", self._faults.fail_dump_at)
@@ -160,7 +175,7 @@ class SimEngine:
         return head + body + _CRC.pack(zlib.crc32(body))
 
     def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
-        self._sequences.pop(self._seat(seq), None)
+        self.close(self._seat(seq))
         self._perhaps_fail("restore", self._faults.fail_restore_at)
         tokens = tokenize(prompt)
         cached = self._cached_tokens(kv)
@@ -175,9 +190,11 @@ class SimEngine:
 
     def close(self, seq: int) -> None:
         self._sequences.pop(seq, None)
+        self._queue.drop(seq)
 
     def shutdown(self) -> None:
         self._sequences.clear()
+        self._queue.clear()
 
     # -- sequences ------------------------------------------------------------------------------
 
@@ -199,9 +216,11 @@ class SimEngine:
 
     def _begin(self, tokens: list[int], computed: int, prompt: Prompt, sampling: Sampling) -> _Sequence:
         prompt_tokens = prompt.prompt_tokens if prompt.tokens else len(tokens)
-        seed = sampling.seed if sampling.temperature > 0 else 0
         limit = prompt_tokens + prompt.max_tokens if prompt.max_tokens else 0
-        return _Sequence(tokens, computed, seed ^ self._model.seed, sampling.ignore_eos, limit)
+        return _Sequence(tokens, computed, self._seed(sampling), sampling.ignore_eos, limit)
+
+    def _seed(self, sampling: Sampling) -> int:
+        return (sampling.seed if sampling.temperature > 0 else 0) ^ self._model.seed
 
     def _finish(self, sequence: _Sequence) -> Finish | None:
         """Why no token is to follow the last one, if so."""
@@ -224,6 +243,9 @@ class SimEngine:
         return array("i", body[: 4 * count]).tolist()
 
     # -- a step ---------------------------------------------------------------------------------
+
+    def _is_over(self, seq: int) -> bool:
+        return seq not in self._sequences or self._sequences[seq].is_finished
 
     def _plan(self, quota_tokens: Mapping[int, int]) -> list[tuple[int, _Sequence, int]]:
         """(seat, sequence, tokens to compute): one for each that decodes, a shared chunk for prompts."""

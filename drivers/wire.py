@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from kernel import errors
@@ -33,7 +33,7 @@ CHUNK_BYTES = 256 << 10
 
 _HEAD = struct.Struct("<2sBxIQ")
 _MAGIC = b"LM"
-_STEP = struct.Struct("<qdHI")  # quantum, step_s, sequences, bytes of text
+_STEP = struct.Struct("<qdHII")  # quantum, step_s, sequences, bytes of text, bytes of JSON
 _SEQUENCE = struct.Struct("<HIiBI")  # seq, prompt_tokens, token or -1, finish, characters of text
 _FINISHES: tuple[Finish | None, ...] = (None, "stop", "length", "context")
 _FINISH_CODE = {finish: code for code, finish in enumerate(_FINISHES)}
@@ -57,6 +57,7 @@ class Kind(IntEnum):
     DUMP = 6
     RESTORE = 7
     CLOSE = 8
+    QUEUE = 9
     READY = 16
     PROGRESS = 17
     LOG = 18
@@ -152,16 +153,20 @@ def _header_of(data: bytes) -> object:
 
 
 def pack_step(quantum: int, event: StepEvent) -> bytes:
-    """A step as bytes; `quantum` replaces the event's own."""
+    """A step as bytes; `quantum` replaces the event's own. What is rare in it travels as JSON."""
     steps = event.sequences
     text = "".join([step.text for step in steps]).encode("utf-8", "surrogatepass")
-    parts = [_STEP.pack(quantum, event.step_s, len(steps), len(text))]
+    rows = []
+    news: list[object] = []
     pack = _SEQUENCE.pack
     for step in steps:
         token = -1 if step.token is None else step.token
-        parts.append(pack(step.seq, step.prompt_tokens, token, _FINISH_CODE[step.finish], len(step.text)))
-    parts.append(text)
-    return b"".join(parts)
+        rows.append(pack(step.seq, step.prompt_tokens, token, _FINISH_CODE[step.finish], len(step.text)))
+        if step.opened is not None or step.error is not None:
+            opened = None if step.opened is None else encode_opened(step.opened)
+            news.append([len(rows) - 1, opened, None if step.error is None else encode_error(step.error)])
+    told = _to_json(news).encode("ascii") if news else b""
+    return b"".join((_STEP.pack(quantum, event.step_s, len(steps), len(text), len(told)), *rows, text, told))
 
 
 def unpack_steps(blob: bytes) -> Iterator[StepEvent]:
@@ -176,21 +181,38 @@ def unpack_steps(blob: bytes) -> Iterator[StepEvent]:
 
 
 def _unpack_step(blob: bytes, offset: int) -> tuple[StepEvent, int]:
-    quantum, step_s, sequences, text_bytes = _STEP.unpack_from(blob, offset)
+    quantum, step_s, sequences, text_bytes, news_bytes = _STEP.unpack_from(blob, offset)
     rows_at = offset + _STEP.size
     text_at = rows_at + sequences * _SEQUENCE.size
-    end = text_at + text_bytes
+    news_at = text_at + text_bytes
+    end = news_at + news_bytes
     if end > len(blob):
         raise Nonsense("step is cut short")
-    text = blob[text_at:end].decode("utf-8", "surrogatepass")
-    steps = []
+    text = blob[text_at:news_at].decode("utf-8", "surrogatepass")
+    steps: list[SequenceStep] = []
     start = 0
     for seq, prompt_tokens, token, finish, characters in _SEQUENCE.iter_unpack(blob[rows_at:text_at]):
         stop = start + characters
         drawn = None if token < 0 else token
         steps.append(SequenceStep(seq, prompt_tokens, drawn, text[start:stop], _FINISHES[finish]))
         start = stop
+    if news_bytes:
+        _add_news(steps, _header_of(blob[news_at:end]))
     return StepEvent(quantum, step_s, tuple(steps)), end
+
+
+def _add_news(steps: list[SequenceStep], news: object) -> None:
+    """Put queued prompts that began, and those that could not, into the rows they belong to."""
+    for item in news if isinstance(news, list) else [news]:
+        match item:
+            case [int(row), opened, error] if 0 <= row < len(steps):
+                steps[row] = replace(
+                    steps[row],
+                    opened=None if opened is None else decode_opened(opened),
+                    error=None if error is None else decode_error(error),
+                )
+            case _:
+                raise Nonsense("news of a step")
 
 
 # -- all else: JSON lists -----------------------------------------------------------------------
@@ -263,7 +285,8 @@ def _message_of(message: object) -> tuple[str, str]:
 
 def encode_sampling(sampling: Sampling) -> list[object]:
     cuts = [sampling.top_k, sampling.top_p, sampling.min_p]
-    return [sampling.temperature, cuts, sampling.repeat_penalty, sampling.seed, sampling.ignore_eos]
+    flags = [sampling.ignore_eos, sampling.exact]
+    return [sampling.temperature, cuts, sampling.repeat_penalty, sampling.seed, flags]
 
 
 def decode_sampling(header: object) -> Sampling:
@@ -273,9 +296,9 @@ def decode_sampling(header: object) -> Sampling:
             [int(top_k), float() | int() as top_p, float() | int() as min_p],
             float() | int() as repeat_penalty,
             int(seed),
-            bool(ignore_eos),
+            [bool(ignore_eos), bool(exact)],
         ]:
-            return Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed, ignore_eos)
+            return Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed, ignore_eos, exact)
     raise Nonsense("sampling")
 
 

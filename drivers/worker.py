@@ -29,7 +29,7 @@ from kernel.device import (
     Sampling,
     StepEvent,
 )
-from kernel.errors import Interrupted, WorkerDied
+from kernel.errors import Interrupted, UsageError, WorkerDied
 
 DEADLINE_S = 60.0  # without a word from a worker that has work, it hangs
 EXIT_S = 2.0  # from hanging up to the exit status
@@ -124,11 +124,18 @@ class WorkerHost:
         header = [seq, wire.encode_prompt(prompt), wire.encode_sampling(sampling)]
         return self._opened(self._call(Frame(Kind.OPEN, header), vacates=seq))
 
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        if not 0 <= seq < self.info.sequences:  # nobody answers, so what could be refused is refused here
+            raise UsageError(f"sequence {seq}; this engine has 0 to {self.info.sequences - 1}")
+        header = [seq, wire.encode_prompt(prompt), wire.encode_sampling(sampling)]
+        self._send(Frame(Kind.QUEUE, header))
+
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         return self._opened(self._call(Frame(Kind.FEED, [seq, wire.encode_prompt(prompt)])))
 
-    def fork(self, source: int, target: int) -> None:
-        self._call(Frame(Kind.FORK, [source, target]), vacates=target)
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
+        drawn = None if sampling is None else wire.encode_sampling(sampling)
+        self._call(Frame(Kind.FORK, [source, target, drawn]), vacates=target)
 
     def dump(self, seq: int) -> bytes:
         return self._call(Frame(Kind.DUMP, [seq])).blob

@@ -118,6 +118,8 @@ class Worker:
         match frame:
             case Frame(Kind.START, [int(quantum), list(seqs), list(tokens)]):
                 self._quanta.append((quantum, dict(zip(seqs, tokens, strict=True))))
+            case Frame(Kind.QUEUE, [int(seq), prompt, sampling]):
+                self._engine.queue(seq, wire.decode_prompt(prompt), wire.decode_sampling(sampling))
             case Frame(Kind.CLOSE, int(seq)):
                 self._flush()
                 self._engine.close(seq)
@@ -147,8 +149,9 @@ class Worker:
         return Frame(Kind.REPLY, wire.encode_opened(opened))
 
     def _fork(self, frame: Frame) -> Frame:
-        source, target = _items(frame, 2)
-        self._engine.fork(_int(source), _int(target))
+        source, target, drawn = _items(frame, 3)
+        sampling = None if drawn is None else wire.decode_sampling(drawn)
+        self._engine.fork(_int(source), _int(target), sampling)
         return Frame(Kind.REPLY)
 
     def _dump(self, frame: Frame) -> Frame:

@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kernel.device import Sampling
 from kernel.errors import CheckpointInvalid, LlmosError
-from kernel.process import ProcessSpec
+from kernel.process import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
 VERSION = 1
@@ -113,17 +112,14 @@ def decode(blob: bytes, key: bytes) -> Checkpoint:
 
 def _checkpoint(header: dict[str, Any], kv: bytes | None) -> Checkpoint:
     """A checkpoint from its header; every type is checked, as the file may be anybody's."""
-    spec = dict(header.pop("spec"))
-    sampling = _typed(Sampling, spec.pop("sampling"))
-    spec["prompts"] = tuple(spec["prompts"])
     checkpoint = Checkpoint(
-        spec=_typed(ProcessSpec, spec | {"sampling": sampling}),
+        spec=spec_from(header.pop("spec")),
         kv=kv,
         tokens=tuple(header.pop("tokens")),
         replies=tuple(header.pop("replies")),
         **header,
     )
-    texts = (*checkpoint.spec.prompts, *checkpoint.replies, checkpoint.reply, checkpoint.model_digest)
+    texts = (*checkpoint.replies, checkpoint.reply, checkpoint.model_digest)
     counts = (checkpoint.prompt_length, checkpoint.prompt_tokens, checkpoint.output_tokens)
     if not all(type(t) is str for t in texts) or not all(type(n) is int for n in counts + checkpoint.tokens):
         raise TypeError("field of the wrong type")
@@ -132,15 +128,3 @@ def _checkpoint(header: dict[str, Any], kv: bytes | None) -> Checkpoint:
     if len(checkpoint.replies) >= len(checkpoint.spec.prompts):
         raise ValueError("nothing left to answer")
     return checkpoint
-
-
-def _typed(kind: type, values: dict[str, Any]) -> Any:
-    """A flat dataclass from a mapping, each value of its default's type."""
-    made = kind(**values)
-    for name, default in ((f.name, f.default) for f in fields(kind)):
-        value = getattr(made, name)
-        if isinstance(default, float) and type(value) is int:
-            continue
-        if isinstance(default, str | int | float) and type(value) is not type(default):
-            raise TypeError(name)
-    return made

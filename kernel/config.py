@@ -7,7 +7,9 @@ from dataclasses import dataclass
 class KernelConfig:
     """Limits and tunables. Frozen: a running kernel's limits do not move."""
 
+    policy: str = "fair"  # of scheduling; `kernel.policy` names them
     processes_max: int = 100_000
+    groups_max: int = 10_000
     finished_max: int = 1_000  # reaped processes that are kept for `ps -a`
     quantum_s: float = 0.05  # device time that one quantum aims at
     mailbox_messages: int = 256
@@ -18,5 +20,6 @@ class KernelConfig:
     restart_backoff_s: float = 0.1  # doubled at each restart in the window
     ram_reserve_bytes: int = 1 << 30  # never admitted: left to the machine
     prefill_chunk_tokens: int = 128  # largest single request of a prompt
+    prefill_chunk_min_tokens: int = 32  # smaller chunks waste the device, however slow it is
     rounds: int = 32  # single requests that a quantum is made of, about
     seat_slice_s: float = 1.0  # device time a process keeps its seat when others wait for one

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from kernel.errors import LlmosError
+
 Finish = Literal["stop", "length", "context"]
 """Why a sequence ended: end-of-generation token, max_tokens reached, context window full."""
 
@@ -87,7 +89,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn: a pure function of (seed, position, logits). temperature 0 is greedy."""
+    """How the next token is drawn: a pure function of (seed, position, logits). temperature 0 is greedy.
+
+    `exact`: the logits, too, are to depend on nothing but the tokens: not on what runs beside the
+    sequence, on quotas and interrupts, nor on a dump and restore or a replay in between.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -96,6 +102,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     seed: int = 0
     ignore_eos: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Answer to `open`: the prompt as tokens, and how many of them are already in the KV cache."""
+    """A sequence has begun: the prompt as tokens, and how many of them are already in the KV cache."""
 
     tokens: tuple[int, ...]
     shared_tokens: int = 0
@@ -124,13 +131,19 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStep:
-    """What one step did for one sequence."""
+    """What one step did for one sequence.
+
+    A prompt of its queue that it took up, or could not, is told in an entry of its own, without tokens,
+    before the entry of what was then computed: so a step may speak of a sequence more than once.
+    """
 
     seq: int
     prompt_tokens: int  # prompt (or replayed) tokens computed in this step
     token: int | None  # the token drawn; None while the prompt is not finished
     text: str  # complete characters that became ready
     finish: Finish | None = None
+    opened: Opened | None = None  # the next prompt of its queue has begun
+    error: LlmosError | None = None  # the next prompt of its queue cannot be; the one after it is up
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +181,20 @@ class Engine(Protocol):
     info: EngineInfo
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
-        """Begin a sequence; on a seq in use, end the old one first.
+        """Begin a sequence; on a seq in use, end the old one, and its queue, first.
 
         Raises ContextFull (the prompt leaves no room for one token), UsageError (an empty prompt,
-        or one the model has no tokens for).
+        or one the model has no tokens for); then what was there is still there.
+        """
+
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        """Have a prompt begin on `seq` by itself, in a fresh context, as soon as the one before has finished.
+
+        In order, any number; also on a seq that is not open, or has finished already. The engine begins
+        it in the first step after the one that told the finish in which `seq` has quota left, and goes
+        on within that quota. `SequenceStep` tells it, and what `open` would have raised. The prompt is
+        not looked at before. `close`, and `open`, `restore` and `fork` onto the seq, drop its queue;
+        `dump` and a fork from it leave the queue out; `feed` goes before it. Raises UsageError (no such seq).
         """
 
     def feed(self, seq: int, prompt: Prompt) -> Opened:
@@ -185,11 +208,15 @@ class Engine(Protocol):
 
         Returns None if no sequence with quota has anything to compute. `quantum` is 0 in the
         event; the host fills it in. Prompts go in chunks between other sequences' tokens. A step cut short by
-        `abort` reports what it finished, perhaps nothing.
+        `abort` reports what it finished, perhaps nothing. An exact sequence may go past its quota by the
+        rest of a chunk, if its chunks have to be of one shape.
         """
 
-    def fork(self, source: int, target: int) -> None:
-        """Make `target` a copy of `source`, KV included."""
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
+        """Make `target` a copy of `source`, KV included; with `sampling`, its next tokens are drawn so.
+
+        The tokens that the source has drawn already are common to both. Raises UsageError.
+        """
 
     def dump(self, seq: int) -> bytes:
         """The KV state of a sequence as bytes. The sequence goes on."""
@@ -211,7 +238,8 @@ class EngineHost(Protocol):
     """An engine behind a queue of quanta. One thread (the dispatcher) calls all but `interrupt`.
 
     Every method but `interrupt` and `shutdown` raises WorkerDied if the engine is gone. Calls other than
-    `start` and `poll` take effect between two steps, also in the middle of a quantum.
+    `start` and `poll` take effect between two steps, also in the middle of a quantum. `queue` and `close`
+    return at once; what follows from a queued prompt is told by the steps.
     """
 
     @property
@@ -231,8 +259,9 @@ class EngineHost(Protocol):
         """
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened: ...
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None: ...
     def feed(self, seq: int, prompt: Prompt) -> Opened: ...
-    def fork(self, source: int, target: int) -> None: ...
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None: ...
     def dump(self, seq: int) -> bytes: ...
     def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened: ...
     def close(self, seq: int) -> None: ...
@@ -300,11 +329,14 @@ class InlineHost:
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         return self.engine.open(seq, prompt, sampling)
 
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        self.engine.queue(seq, prompt, sampling)
+
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         return self.engine.feed(seq, prompt)
 
-    def fork(self, source: int, target: int) -> None:
-        self.engine.fork(source, target)
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
+        self.engine.fork(source, target, sampling)
 
     def dump(self, seq: int) -> bytes:
         return self.engine.dump(seq)

@@ -32,6 +32,9 @@ class Lifecycle(Protocol):
     def ended(self, process: Process, exit_code: int, error: LlmosError | None = None) -> None:
         """A process is done."""
 
+    def touched(self, process: Process) -> None:
+        """A process has new tokens or a new reply."""
+
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone; its threads have been taken off their seats."""
 
@@ -75,6 +78,12 @@ class Dispatcher:
         """End the quanta in flight at the next step. With the table's lock held."""
         if self.flights:
             self.flights[-1].model.open_host().interrupt(self.flights[-1].id)
+
+    def has_room(self, model: Model, thread: Thread) -> bool:
+        """Whether a runnable thread has a seat, or would get one now. With the table's lock held."""
+        if thread.seat is not None or model.free_seat() is not None:
+            return True
+        return bool(model.seats) and self._victim(model, thread) is not None
 
     def stop(self) -> None:
         """End `run`, after the quanta in flight."""
@@ -178,21 +187,16 @@ class Dispatcher:
         model.seats[seat] = thread
         return True
 
-    def _victim(self, model: Model, waiting: Thread) -> Thread | None:
-        """A seated thread that should make room: an idle one, a much lighter one, or one far ahead."""
+    @staticmethod
+    def _victim(model: Model, waiting: Thread) -> Thread | None:
+        """A seated thread that should make room: an idle one, or one that the policy says."""
         seated = [t for t in model.seats if t is not None]
         for thread in seated:
             if thread not in model.queue:
                 return thread
         if not seated or model.draining:  # a seat is about to be free
             return None
-        lightest = min(seated, key=lambda t: t.weight)
-        if waiting.weight >= 2 * lightest.weight:
-            return lightest
-        ahead = max(seated, key=model.queue.vruntime)
-        slice_units = self.config.seat_slice_s / model.decode_s(len(seated)) * OUTPUT_UNITS
-        lead = model.queue.vruntime(ahead) - model.queue.vruntime(waiting)
-        return ahead if lead * waiting.weight > slice_units else None
+        return model.queue.victim(waiting, seated)
 
     def _open(self, model: Model, thread: Thread) -> None:
         """Begin, or take up again, a thread's sequence on its seat; pass over prompts that cannot be."""
@@ -304,6 +308,7 @@ class Dispatcher:
                 self._book(flight, thread, step, used)
                 thread.process.device_s += event.step_s * used / total
                 if step.token is not None:
+                    self.life.touched(thread.process)
                     self._emit(thread.process, thread, step, now_s)
                 if step.finish is not None:
                     ended.append((thread, self._complaint(flight.model, step)))

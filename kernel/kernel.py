@@ -8,7 +8,7 @@ Not here: the door (syscall), devices' work (dispatcher), loading (loader).
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,11 +34,13 @@ from kernel.loader import Loader
 from kernel.memory import MemoryLedger, Pool
 from kernel.message import Message
 from kernel.models import Catalog, CatalogEntry, Model, ModelState
-from kernel.process import Process, ProcessSpec, ProcessTable, Signal, State
+from kernel.policy import policy_named
+from kernel.process import Group, Process, ProcessSpec, ProcessTable, Signal, State
 from kernel.snapshot import LogView
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
+    from kernel.journal import Journal, Orphan
 
 T = TypeVar("T")
 
@@ -55,6 +57,7 @@ class Parts:
     options: EngineOptions = field(default_factory=EngineOptions)  # where a load names none
     ram_available: Callable[[], int] | None = None
     threaded: bool = True  # False: stepped by hand with `pump`
+    journal: Path | None = None  # the folder that survives a crash; None: nothing does
 
 
 class Kernel:
@@ -67,12 +70,16 @@ class Kernel:
         self.bus = Bus(self.config.mailbox_messages)
         self.table = ProcessTable(self.config)
         self.ledger = MemoryLedger()
+        self.policy = policy_named(self.config.policy)  # guarded by table.lock
+        self.groups: dict[str, Group] = {}  # guarded by table.lock
         self.models: dict[str, Model] = {}  # guarded by table.lock
         self.dispatchers: dict[str, Dispatcher] = {}  # by device; fixed after boot
         self.log_lines: deque[LogView] = deque(maxlen=self.config.log_lines)
         self.loader = Loader(
             self.config, self.clock, self.ledger, self.log, self._load_done, threaded=parts.threaded
         )
+        self.journal: Journal | None = None  # of this boot
+        self._journal_failed = False
         self._threads: list[threading.Thread] = []
         self._down = False  # guarded by table.lock
         for driver in parts.drivers.values():
@@ -134,6 +141,8 @@ class Kernel:
         for model in self.models.values():
             if model.host is not None:
                 model.host.shutdown()
+        if self.journal is not None:
+            self.journal.close()
 
     def log(self, level: str, source: str, text: str) -> None:
         """One line for dmesg. From any thread."""
@@ -165,25 +174,31 @@ class Kernel:
         model = self.want(entry, options)
         with self.table.lock:
             self._still_wanted(model)
-            process = self.table.add(spec, entry.name, ppid, self.clock)
-            self._admit(process, model)
+            process = self._new_process(spec, entry.name, ppid)
+        self._begin(process, model)
         return process
 
     def restore(self, path: Path) -> Process:
         from kernel import checkpoint  # deferred: a session that saves nothing need not pay for it
 
-        saved = checkpoint.read(path, self.parts.key)
-        check_spec(saved.spec)
-        entry = self.catalog.resolve(saved.spec.model)
+        return self.revive(checkpoint.read(path, self.parts.key), str(path))
+
+    def revive(self, saved: "Checkpoint", origin: str, nice: int | None = None) -> Process:
+        """Continue what was saved as a new process; its output begins with what it had said."""
+        from kernel import checkpoint
+
+        spec = saved.spec if nice is None else replace(saved.spec, nice=nice)
+        check_spec(spec)
+        entry = self.catalog.resolve(spec.model)
         if checkpoint.model_digest(entry.path) != saved.model_digest:
             raise CheckpointInvalid(
-                f"{path} was saved with another file than {entry.path}",
+                f"{origin} was saved with another file than {entry.path}",
                 f"put the model that it was saved with in place of {entry.name}",
             )
         model = self.want(entry, self.parts.options)
         with self.table.lock:
             self._still_wanted(model)
-            process = self.table.add(saved.spec, entry.name, 1, self.clock)
+            process = self._new_process(spec, entry.name, 1)
             for reply in saved.replies:
                 process.write(reply)
                 process.finish_item()
@@ -192,8 +207,85 @@ class Kernel:
             thread = process.threads[0]
             thread.tokens.extend(saved.tokens)
             thread.prompt_length, thread.kv = saved.prompt_length, saved.kv
-            self._admit(process, model)
+        self._begin(process, model)
         return process
+
+    def _new_process(self, spec: ProcessSpec, model: str, ppid: int) -> Process:
+        group = self._group(spec.group)
+        process = self.table.add(spec, model, ppid, self.clock)
+        process.group = group
+        self.models[model].users.add(process.pid)
+        return process
+
+    def _begin(self, process: Process, model: Model) -> None:
+        """Write it down, then let it run."""
+        self._write_down(process, model)
+        with self.table.lock:
+            if not process.alive:  # killed, or its model failed to load, while it was written down
+                return
+            if process.item == len(process.spec.prompts):
+                self.ended(process, 0)
+                return
+            if model.state is ModelState.LOADED:
+                process.state = State.RUNNABLE
+            self._wake(process, model)
+            self.touched(process)
+            self.publish("process", pid=process.pid, state=process.state.value)
+
+    # The journal
+
+    def _write_down(self, process: Process, model: Model) -> None:
+        """Opens this boot's journal with its first process: a session that runs nothing needs none."""
+        folder = self.parts.journal
+        if folder is None or self._journal_failed:
+            return
+        import sqlite3
+
+        from kernel.journal import Journal
+
+        try:
+            if self.journal is None:
+                self.journal = Journal(
+                    folder, self.table.lock, lambda text: self.log("error", "journal", text)
+                )
+        except (OSError, sqlite3.Error) as error:
+            self._journal_failed = True
+            self.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
+            return
+        self.journal.spawned(process, model.info.path)
+
+    def _journal_error(self, text: str) -> None:
+        self.log("error", "journal", text)
+
+    def orphans(self) -> "tuple[Orphan, ...]":
+        if self.parts.journal is None or not self.parts.journal.is_dir():
+            return ()
+        from kernel import journal
+
+        files = journal.dead_journals(self.parts.journal)
+        return tuple(process for file in files for process in journal.read(file))
+
+    def resume(self, orphan: "Orphan") -> Process:
+        from kernel import journal
+
+        with journal.claimed(orphan):
+            origin = f"process {orphan.pid} of an earlier LLMOS"
+            process = self.revive(orphan.state, origin, orphan.nice)
+            if self.journal is not None:
+                self.journal.flush()  # it is safe in ours before it leaves the other
+            return process
+
+    def forget_orphans(self) -> None:
+        from kernel import journal
+
+        if self.parts.journal is not None:
+            for file in journal.dead_journals(self.parts.journal):
+                journal.discard(file)
+
+    def touched(self, process: Process) -> None:
+        """A process has something new that a crash must not lose. With the table's lock held."""
+        if self.journal is not None:
+            self.journal.mark(process)
 
     def save(self, pid: int, path: Path) -> int:
         from kernel import checkpoint
@@ -228,18 +320,12 @@ class Kernel:
                 kv=kv if thread.computed == len(thread.tokens) - 1 or thread.kv else None,
             )
 
-    def _admit(self, process: Process, model: Model) -> None:
-        model.users.add(process.pid)
-        if model.state is ModelState.LOADED:
-            process.state = State.RUNNABLE
-        self._wake(process, model)
-        self.publish("process", pid=process.pid, state=process.state.value)
-
     def _wake(self, process: Process, model: Model) -> None:
         dispatcher = self.dispatchers[model.device.name]
         for thread in process.threads:
             dispatcher.scheduler.wake(thread, model)
-        dispatcher.interrupt()  # let it in before the quanta in flight are used up
+            if dispatcher.has_room(model, thread):
+                dispatcher.interrupt()  # let it in before the quanta in flight are used up
         dispatcher.wake_up()
 
     def signal(self, pid: int, signal: Signal) -> None:
@@ -278,9 +364,42 @@ class Kernel:
             model = self.models[process.model]
             dispatcher = self.dispatchers[model.device.name]
             for thread in process.threads:
-                dispatcher.scheduler.renice(thread, model)
+                dispatcher.scheduler.reweight(thread, model)
             dispatcher.interrupt()
         return old
+
+    # Policy and groups
+
+    def set_policy(self, name: str) -> str:
+        policy = policy_named(name)
+        with self.table.lock:
+            old, self.policy = self.policy, policy
+            for model in self.models.values():
+                self.dispatchers[model.device.name].scheduler.set_policy(policy, model)
+            for dispatcher in self.dispatchers.values():
+                dispatcher.interrupt()
+                dispatcher.wake_up()
+        return old.name
+
+    def set_group(self, name: str, weight: float) -> None:
+        if not (name and 0.001 <= weight <= 1000.0):
+            raise UsageError("a group has a name, and a weight from 0.001 to 1000; a process at nice 0 has 1")
+        with self.table.lock:
+            group = self._group(name)
+            assert group is not None
+            group.weight = weight
+            for process in [p for p in self.table if p.alive and p.group is group]:
+                model = self.models[process.model]
+                self.dispatchers[model.device.name].scheduler.reweight(process.threads[0], model)
+            for dispatcher in self.dispatchers.values():
+                dispatcher.interrupt()
+
+    def _group(self, name: str) -> Group | None:
+        if name and name not in self.groups:
+            if len(self.groups) >= self.config.groups_max:
+                raise AdmissionRefused(f"there are {len(self.groups)} groups already")
+            self.groups[name] = Group(name)
+        return self.groups.get(name)
 
     def ended(self, process: Process, exit_code: int, error: LlmosError | None = None) -> None:
         """A process is done. With the table's lock held."""
@@ -304,6 +423,7 @@ class Kernel:
         self._changed(process)
 
     def _changed(self, process: Process) -> None:
+        self.touched(process)
         self.table.changed.notify_all()
         self.publish("process", pid=process.pid, state=process.state.value, exit_code=process.exit_code)
 
@@ -326,6 +446,7 @@ class Kernel:
             with self.table.lock:
                 model = self._present(entry.name)
                 if model is None:
+                    fresh.queue.set_policy(self.policy)
                     model = self.models[entry.name] = fresh
             if model is fresh:
                 self._begin_load(fresh)
@@ -381,7 +502,7 @@ class Kernel:
         model.seats = [None] * host.info.sequences
         if model not in dispatcher.models:
             dispatcher.models.append(model)
-        dispatcher.scheduler.refresh(model)
+        dispatcher.scheduler.attach(model)
         for process in self.table:
             if process.pid in model.users and process.state is State.NEW:
                 process.state = State.RUNNABLE

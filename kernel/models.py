@@ -13,8 +13,8 @@ from typing import Protocol
 
 from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, ModelInfo
 from kernel.errors import LlmosError
-from kernel.fairness import FairQueue
 from kernel.process import Thread
+from kernel.runqueue import RunQueue
 from kernel.snapshot import ModelView
 
 
@@ -57,7 +57,7 @@ class Model:
     options: EngineOptions
     state: ModelState = ModelState.LOADING
     host: EngineHost | None = None
-    queue: FairQueue[Thread] = field(default_factory=FairQueue)  # its runnable threads
+    queue: RunQueue = field(default_factory=RunQueue)  # its runnable threads
     seats: list[Thread | None] = field(default_factory=list)
     draining: dict[int, int] = field(default_factory=dict)  # seat -> last quantum that may still name it
     to_close: list[int] = field(default_factory=list)  # vacated seats that the engine has not been told of

@@ -8,8 +8,9 @@ Not here: who runs next (scheduler), what a program does at a turn's end (kernel
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
+from typing import Any, TypeVar
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
@@ -18,6 +19,8 @@ from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNot
 from kernel.fairness import weight_of
 from kernel.monitor import Rate
 from kernel.stream import Stream
+
+T = TypeVar("T")
 
 
 class State(Enum):
@@ -59,7 +62,39 @@ class ProcessSpec:
     max_tokens: int = 0  # output tokens per prompt; 0 = until the window is full
     nice: int = 0
     command: str = ""
+    group: str = ""  # the group whose weight it shares; "": its own, by nice
     context_tokens: int = 0  # asked of the model if this process makes it load; 0 = the driver's choice
+    sink: str = ""  # where the shell sends the output; nothing to the kernel, comes back with `resume`
+
+
+def spec_from(values: dict[str, Any]) -> ProcessSpec:
+    """A specification from what `asdict` made of one. Raises KeyError, TypeError (it may be anybody's)."""
+    plain = dict(values)
+    sampling = _typed(Sampling, plain.pop("sampling"))
+    plain["prompts"] = tuple(plain["prompts"])
+    if not all(type(prompt) is str for prompt in plain["prompts"]):
+        raise TypeError("prompts")
+    return _typed(ProcessSpec, plain | {"sampling": sampling})
+
+
+def _typed(kind: type[T], values: dict[str, Any]) -> T:
+    """A flat dataclass from a mapping, each value of its default's type."""
+    made = kind(**values)
+    for name, default in ((f.name, f.default) for f in fields(kind)):  # type: ignore[arg-type]
+        value = getattr(made, name)
+        if isinstance(default, float) and type(value) is int:
+            continue
+        if isinstance(default, str | int | float) and type(value) is not type(default):
+            raise TypeError(name)
+    return made
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Processes that divide one weight between them: a user's, or the parts of a large job."""
+
+    name: str
+    weight: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +121,11 @@ class Thread:
         """Tokens still to compute when the quanta in flight have ended; at least 1, if it can go on."""
         return max(1, len(self.tokens) - self.computed - self.granted)
 
+    @property
+    def prefilling(self) -> bool:
+        """More is known than computed: it cannot draw a token yet."""
+        return len(self.tokens) - self.computed > 1
+
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
         self.tokens.clear()
@@ -105,6 +145,7 @@ class Process:
     started_s: float  # the clock's seconds
     started_wall_s: float
     rate: Rate
+    group: Group | None = None
     state: State = State.NEW
     threads: list[Thread] = field(default_factory=list, repr=False)
     stdout: Stream = field(default_factory=Stream)

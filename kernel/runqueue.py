@@ -1,40 +1,93 @@
 """The run queue of a model: its runnable threads, alone or in groups.
 
-Two levels. Across, the fair queue shares out service among *claimants*: a thread that stands for itself,
-or a group, whose weight is divided among its runnable threads. Within a group threads take turns, and
-seats are first come, first served.
+Two levels. Across, a fair queue shares out service among *claimants*: a thread that stands for itself, or
+a group. Within a group, another one divides it equally among the threads that have seats; seats within a
+group are first come, first served.
 Owner: the model. Lock: the process table's. Every operation is O(log n), amortised, but for `victim`
-(O(seats)) and `set_policy`.
+(O(seats)), `set_policy` and `set_terms`.
 Not here: how claims are weighed (fairness, policy).
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from kernel.fairness import FairQueue
 from kernel.policy import FAIR, Policy, Terms
 from kernel.process import Group, Thread
 
 
-@dataclass(slots=True, eq=False)
 class Party:
-    """A group's runnable threads of one model, each with the clock at which it was last paid its due."""
+    """A group's runnable threads of one model.
 
-    group: Group
-    ready: OrderedDict[Thread, float] = field(default_factory=OrderedDict)  # seated, by turn
-    waiting: OrderedDict[Thread, float] = field(default_factory=OrderedDict)  # for a seat, oldest first
-    lag: float = 0.0  # kept while nobody is runnable
-    clock: float = 0.0  # service units due to a thread that is runnable all the time
+    Threads whose prompts are not finished pool their shares: together they are one member of the inner
+    queue, by the name of None, and the oldest of them gets it all. So prompts are finished one by one,
+    none later than if each had only its own share, and the others' tokens flow evenly meanwhile.
+    """
+
+    __slots__ = ("_pool_lag", "_turns", "clock", "group", "lag", "marks", "prompts", "waiting")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.lag = 0.0  # kept while nobody is runnable
+        self.clock = 0.0  # service units due to a thread that is runnable all the time
+        self.marks: dict[Thread, float] = {}  # of all its threads: the clock when it was paid its due
+        self.prompts: OrderedDict[Thread, None] = OrderedDict()  # seated, oldest first
+        self.waiting: OrderedDict[Thread, None] = OrderedDict()  # for a seat, oldest first
+        self._turns: FairQueue[Thread | None] = FairQueue()
+        self._pool_lag = 0.0
 
     def __len__(self) -> int:
-        return len(self.ready) + len(self.waiting)
+        return len(self.marks)
 
     def __contains__(self, thread: Thread) -> bool:
-        return thread in self.ready or thread in self.waiting
+        return thread in self.marks
 
-    def shelf(self, thread: Thread) -> OrderedDict[Thread, float]:
-        return self.ready if thread in self.ready else self.waiting
+    @property
+    def held(self) -> int:
+        return len(self.marks) - len(self.waiting)
+
+    def sit(self, thread: Thread) -> None:
+        if thread.prefilling:
+            self.prompts[thread] = None
+            self._pool()
+        else:
+            self._turns.join(thread, 1.0)
+            self._turns.place(thread, held=1, waiting=False)
+
+    def rise(self, thread: Thread) -> None:
+        """Off its seat, or out of the line for one."""
+        if thread in self.prompts:
+            del self.prompts[thread]
+            self._pool()
+        elif thread in self._turns:
+            self._turns.leave(thread)
+        else:
+            del self.waiting[thread]
+
+    def pick(self) -> Thread:
+        return self._turns.pick() or next(
+            (thread for thread in self.prompts if thread.pending > 1), next(iter(self.prompts))
+        )
+
+    def charge(self, thread: Thread, units: float) -> None:
+        member = None if thread in self.prompts else thread
+        if member in self._turns:
+            self._turns.charge(member, units)
+        if member is None and not thread.prefilling:
+            del self.prompts[thread]
+            self._pool()
+            self.sit(thread)
+
+    def _pool(self) -> None:
+        """The pool's weight is the number of its threads."""
+        turns, weight = self._turns, float(len(self.prompts))
+        if weight and None in turns:
+            turns.reweight(None, weight)
+        elif weight:
+            turns.join(None, weight, self._pool_lag)
+            turns.place(None, held=1, waiting=False)
+        elif None in turns:
+            self._pool_lag = turns.leave(None)
 
 
 Claimant = Thread | Party
@@ -60,8 +113,7 @@ class RunQueue:
     def __iter__(self) -> Iterator[Thread]:
         for claimant in self._fair:
             if isinstance(claimant, Party):
-                yield from claimant.ready
-                yield from claimant.waiting
+                yield from claimant.marks
             else:
                 yield claimant
 
@@ -84,8 +136,8 @@ class RunQueue:
                 self._pay(claimant)
             else:
                 self._fair.join(claimant, claimant.group.weight, claimant.lag)
-            shelf = claimant.ready if seated else claimant.waiting
-            shelf[thread] = claimant.clock
+            claimant.marks[thread] = claimant.clock
+            claimant.sit(thread) if seated else claimant.waiting.update({thread: None})
             self._place(claimant)
         else:
             self._fair.join(thread, thread.weight, thread.lag)
@@ -96,7 +148,8 @@ class RunQueue:
         claimant, due = self._claimant(thread), self.take_due(thread)
         self._size -= 1
         if isinstance(claimant, Party):
-            del claimant.shelf(thread)[thread]
+            claimant.rise(thread)
+            del claimant.marks[thread]
             if claimant:
                 self._place(claimant)
                 return due
@@ -115,9 +168,8 @@ class RunQueue:
         """It got its seat, or lost it."""
         claimant = self._claimant(thread)
         if isinstance(claimant, Party):
-            mark = claimant.shelf(thread).pop(thread)
-            shelf = claimant.ready if seated else claimant.waiting
-            shelf[thread] = mark
+            claimant.rise(thread)
+            claimant.sit(thread) if seated else claimant.waiting.update({thread: None})
             self._place(claimant)
         else:
             self._fair.place(thread, held=int(seated), waiting=not seated)
@@ -144,8 +196,8 @@ class RunQueue:
             claimant.lag -= units
             return
         self._fair.charge(claimant, units)
-        if isinstance(claimant, Party) and units > 0.0 and thread in claimant.ready:
-            claimant.ready.move_to_end(thread)
+        if isinstance(claimant, Party):
+            claimant.charge(thread, units)
 
     def served(self, units: float) -> None:
         """Service was given, to whomever: the ideal clock advances."""
@@ -157,7 +209,7 @@ class RunQueue:
         if not isinstance(claimant, Party):
             return self._fair.due(thread)
         rest = self._fair.due(claimant) / len(claimant)
-        return claimant.clock + rest - claimant.shelf(thread)[thread]
+        return claimant.clock + rest - claimant.marks[thread]
 
     def take_due(self, thread: Thread) -> float:
         """Settle `due`: what follows counts from here."""
@@ -165,8 +217,8 @@ class RunQueue:
         if not isinstance(claimant, Party):
             return self._fair.take_due(thread)
         self._pay(claimant)
-        shelf = claimant.shelf(thread)
-        due, shelf[thread] = claimant.clock - shelf[thread], claimant.clock
+        due = claimant.clock - claimant.marks[thread]
+        claimant.marks[thread] = claimant.clock
         return due
 
     def lag(self, thread: Thread) -> float:
@@ -178,7 +230,7 @@ class RunQueue:
     def pick(self) -> Thread | None:
         """The seated thread with the best claim; it stays."""
         claimant = self._fair.pick()
-        return next(iter(claimant.ready)) if isinstance(claimant, Party) else claimant
+        return claimant.pick() if isinstance(claimant, Party) else claimant
 
     def first_waiting(self) -> Thread | None:
         """The thread with the best claim to a seat, of those that wait for one."""
@@ -211,7 +263,7 @@ class RunQueue:
         return party
 
     def _place(self, party: Party) -> None:
-        self._fair.place(party, held=len(party.ready), waiting=bool(party.waiting))
+        self._fair.place(party, held=party.held, waiting=bool(party.waiting))
 
     def _pay(self, party: Party) -> None:
         """Bring the group's clock up to date, before the number of its threads changes."""

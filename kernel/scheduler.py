@@ -1,7 +1,8 @@
 """The scheduler: fills a device's next quantum from its run queues.
 
 Two levels of the same fair queue. On a device, models share *time*: a model's weight is the sum of its
-runnable threads' weights, charged in device seconds. Within a model, threads share *service units*.
+claimants' weights, charged in device seconds. Within a model, threads and groups of them share *service
+units* (runqueue).
 Owner: one per device. Lock: the process table's, held by the caller of every method.
 Not here: engines and events (dispatcher); how fairness is computed (fairness).
 """
@@ -13,6 +14,7 @@ from kernel.config import KernelConfig
 from kernel.device import Quantum
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS, FairQueue
 from kernel.models import Model, ModelState
+from kernel.policy import Policy, Terms
 from kernel.process import Thread
 
 
@@ -45,30 +47,46 @@ class Scheduler:
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
-        self.models: FairQueue[Model] = FairQueue(slice_units=config.quantum_s)
+        turn_s = config.quantum_s
+        self.models: FairQueue[Model] = FairQueue(terms=Terms(turn_s, turn_s, turn_s))
         self.flights: deque[Flight] = deque()  # planned and not yet ended, oldest first
 
     def wake(self, thread: Thread, model: Model) -> None:
         """A thread became runnable."""
         self._settle()
-        seated = thread.seat is not None
-        model.queue.join(thread, thread.weight, thread.lag, seated=seated)
+        model.queue.join(thread, seated=thread.seat is not None)
         self.refresh(model)
 
     def sleep(self, thread: Thread, model: Model) -> None:
         """A thread is runnable no more."""
         if thread in model.queue:
             self._settle()
-            thread.process.share_due += model.queue.take_due(thread)
-            thread.lag = model.queue.leave(thread)
+            thread.process.share_due += model.queue.leave(thread)
             self.refresh(model)
 
-    def renice(self, thread: Thread, model: Model) -> None:
+    def reweight(self, thread: Thread, model: Model) -> None:
+        """The weight of its process or group has changed."""
         if thread in model.queue:
             self._settle()
             thread.process.share_due += model.queue.take_due(thread)
-            model.queue.reweight(thread, thread.weight)
+            model.queue.reweight(thread)
             self.refresh(model)
+
+    def set_policy(self, policy: Policy, model: Model) -> None:
+        """Put a model's threads in another order."""
+        self._settle()
+        for thread in model.queue:
+            thread.process.share_due += model.queue.take_due(thread)
+        model.queue.set_policy(policy)
+        self.refresh(model)
+
+    def attach(self, model: Model) -> None:
+        """A model's engine is open: claims are measured by what it can do."""
+        sequences = model.open_host().info.sequences
+        seat_units = self.config.seat_slice_s / model.decode_s(sequences) * OUTPUT_UNITS
+        request_units = self._chunk_tokens(model) * PROMPT_UNITS
+        model.queue.set_terms(Terms(seat_units=seat_units, request_units=request_units))
+        self.refresh(model)
 
     def refresh(self, model: Model) -> None:
         """A model counts on the device while it is open and has runnable threads."""
@@ -76,7 +94,8 @@ class Scheduler:
         if wants and model in self.models:
             self.models.reweight(model, model.queue.weight)
         elif wants:
-            self.models.join(model, model.queue.weight, seated=True)
+            self.models.join(model, model.queue.weight)
+            self.models.place(model, held=1, waiting=False)
         elif model in self.models:
             self.models.leave(model)
 
@@ -86,13 +105,7 @@ class Scheduler:
         if model is None or (self.flights and self.flights[-1].model is not model):
             return None
         flight = Flight(quantum_id, model)
-        sharers = sum(1 for t in model.seats if t is not None and t in model.queue)
-        token_s = model.decode_s(max(1, sharers))
-        while flight.planned_s < self.config.quantum_s:
-            thread = model.queue.pick()
-            if thread is None:
-                break
-            self._grant(flight, thread, token_s)
+        self._fill(flight)
         if not flight.grants:
             return None
         self.models.charge(model, flight.planned_s)
@@ -117,25 +130,39 @@ class Scheduler:
             self.models.charge(flight.model, flight.used_s - flight.planned_s)
         flight.planned_s = flight.used_s
         for thread, grant in flight.grants.items():
-            refund, grant.units = grant.units - grant.used_units, grant.used_units
-            if thread in flight.model.queue:
-                flight.model.queue.charge(thread, -refund)
-            else:
-                thread.lag += refund
+            unused, grant.units = grant.units - grant.used_units, grant.used_units
+            if unused:
+                flight.model.queue.charge(thread, -unused)
 
-    def _grant(self, flight: Flight, thread: Thread, token_s: float) -> None:
-        """One request of the thread with the best claim."""
-        prefill_s = flight.model.open_host().info.prefill_token_s
-        grant = flight.grants.get(thread) or Grant()
-        if thread.pending > 1:
-            tokens = min(thread.pending, self.config.prefill_chunk_tokens)
-            units, cost_s = tokens * PROMPT_UNITS, tokens * prefill_s
-        else:
-            tokens = max(1, int(self.config.quantum_s / self.config.rounds / token_s))
-            units, cost_s = tokens * OUTPUT_UNITS, tokens * token_s
-        thread.granted += tokens
-        grant.tokens += tokens
-        grant.units += units
-        flight.grants[thread] = grant
-        flight.planned_s += cost_s
-        flight.model.queue.charge(thread, units)
+    def _chunk_tokens(self, model: Model) -> int:
+        """The largest request of a prompt: no longer than a quantum, where that is not absurdly small."""
+        config = self.config
+        in_quantum = int(config.quantum_s / max(1e-9, model.open_host().info.prefill_token_s))
+        return min(config.prefill_chunk_tokens, max(config.prefill_chunk_min_tokens, in_quantum))
+
+    def _fill(self, flight: Flight) -> None:
+        """Grant one request after another to whoever has the best claim, until the time is used up."""
+        config, model, queue = self.config, flight.model, flight.model.queue
+        prefill_s = model.open_host().info.prefill_token_s
+        token_s = model.decode_s(max(1, sum(1 for t in model.seats if t is not None and t in queue)))
+        decode_tokens = max(1, int(config.quantum_s / config.rounds / token_s))
+        chunk_tokens = self._chunk_tokens(model)
+        while flight.planned_s < config.quantum_s:
+            thread = queue.pick()
+            if thread is None:
+                return
+            pending = thread.pending
+            if pending > 1:
+                tokens = min(pending, chunk_tokens)
+                units, cost_s = tokens * PROMPT_UNITS, tokens * prefill_s
+            else:
+                tokens = decode_tokens
+                units, cost_s = tokens * OUTPUT_UNITS, tokens * token_s
+            grant = flight.grants.get(thread)
+            if grant is None:
+                grant = flight.grants[thread] = Grant()
+            thread.granted += tokens
+            grant.tokens += tokens
+            grant.units += units
+            flight.planned_s += cost_s
+            queue.charge(thread, units)

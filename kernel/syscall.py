@@ -7,17 +7,31 @@ made with a kernel lock held.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernel.bus import Mailbox
 from kernel.device import EngineOptions, Estimate, ModelInfo, Sampling
 from kernel.errors import NotPermitted
+from kernel.explain import explain
 from kernel.kernel import Kernel
 from kernel.models import ModelState
 from kernel.process import Process, ProcessSpec, Signal
 from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemView
 from kernel.views import device_view, disk_view, process_view
 
-__all__ = ["EngineOptions", "Estimate", "ModelInfo", "ProcessSpec", "Sampling", "Signal", "Syscalls"]
+if TYPE_CHECKING:
+    from kernel.journal import Orphan
+
+__all__ = [
+    "Orphan",
+    "EngineOptions",
+    "Estimate",
+    "ModelInfo",
+    "ProcessSpec",
+    "Sampling",
+    "Signal",
+    "Syscalls",
+]
 
 
 class Syscalls:
@@ -48,10 +62,34 @@ class Syscalls:
         """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
         return self._kernel.renice(pid, nice)
 
+    def set_policy(self, name: str) -> str:
+        """Schedule by another policy from now on: "fair", "fifo", "rr", "priority"; returns the old one.
+
+        Raises UsageError, naming the policies there are.
+        """
+        return self._kernel.set_policy(name)
+
+    def set_group(self, name: str, weight: float) -> None:
+        """Make a group, or change its weight (1 is that of a process at nice 0).
+
+        Under "fair", processes spawned with this `group` divide its weight between them; their own nice
+        values do not count then. Raises UsageError.
+        """
+        self._kernel.set_group(name, weight)
+
     def process(self, pid: int) -> ProcessView:
         """One process, also when it has ended. Raises ProcessNotFound."""
         with self._table.lock:
             return self._view(self._table.get(pid))
+
+    def why(self, pid: int) -> tuple[str, ...]:
+        """In words: what a process waits for or why it ended, and its share, due and received.
+
+        Raises ProcessNotFound.
+        """
+        with self._table.lock:
+            process = self._table.get(pid)
+            return explain(process, self._kernel.models.get(process.model), self._kernel.clock.now_s())
 
     def wait(self, pid: int, timeout_s: float | None = None) -> ProcessView | None:
         """Block until the process ends; None when the time is up. Raises ProcessNotFound."""
@@ -69,6 +107,7 @@ class Syscalls:
             if process.alive:
                 raise NotPermitted(f"process {pid} has not ended")
             self._table.reap(process)
+            self._kernel.touched(process)
             return self._view(process)
 
     def finished(self) -> tuple[ProcessView, ...]:
@@ -102,6 +141,18 @@ class Syscalls:
         Its output begins with what it had said. Raises CheckpointInvalid, ModelNotFound.
         """
         return self._kernel.restore(path).pid
+
+    def orphans(self) -> "tuple[Orphan, ...]":
+        """What ran when an earlier LLMOS on this home died, and has been neither resumed nor forgotten."""
+        return self._kernel.orphans()
+
+    def resume(self, process: "Orphan") -> int:
+        """Continue one of them as a new process; returns its PID. Raises as `restore`."""
+        return self._kernel.resume(process).pid
+
+    def forget_orphans(self) -> None:
+        """Throw the journals of dead LLMOSes away."""
+        self._kernel.forget_orphans()
 
     # Models
 
@@ -166,7 +217,7 @@ class Syscalls:
             return SystemView(
                 time_s=kernel.clock.wall_s(),
                 uptime_s=now_s - kernel.booted_s,
-                policy="fair",
+                policy=kernel.policy.name,
                 processes=tuple(map(self._view, rows)),
                 models=tuple(model.view() for model in kernel.models.values()),
                 devices=tuple(device_view(d, rows, now_s) for d in kernel.dispatchers.values()),

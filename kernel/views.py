@@ -15,7 +15,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
     elapsed_s = ended_s - process.started_s
     average = process.output_tokens / elapsed_s if elapsed_s > 0 else 0.0
     engine = model.host.info if model and model.host else None
-    error = process.error
+    error = None if process.alive else process.error  # one bad line of many is told at the end
     due = process.share_due
     if model is not None:
         due += sum(model.queue.due(t) for t in process.threads if t in model.queue)

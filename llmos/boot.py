@@ -47,6 +47,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             key=_key(paths),
             options=EngineOptions(config.context_tokens, config.sequences, config.threads),
             ram_available=_ram_available,
+            journal=paths.state / "journal",
         )
     )
     system = Syscalls(kernel)

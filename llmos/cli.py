@@ -4,6 +4,7 @@ Not here: what commands do (shell), how things are put together (boot).
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("-f", metavar="FILE", dest="file", help="run a script")
     parser.add_argument("-n", "--check", action="store_true", help="check a script, run nothing")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables, where there are lists")
+    parser.add_argument("--resume", action="store_true", help="first go on with what a crash ended")
     parser.add_argument("--config", metavar="FILE", help="configuration instead of the user's own")
     parser.add_argument("--no-plugins", action="store_true", help="built-in commands only")
     parser.add_argument("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="`llmos help` lists them")
@@ -57,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as bug:
+        if os.environ.get("LLMOS_DEBUG"):
+            raise
+        print(f"error: internal: {type(bug).__name__}: {bug}", file=sys.stderr)
+        print("  hint: LLMOS_DEBUG=1 shows where it happened", file=sys.stderr)
+        return 125
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -80,11 +88,19 @@ def _script(options: argparse.Namespace) -> tuple[str, str] | None:
         return _read(Path(options.file)), options.file
     if options.words[:1] == ["-"]:
         options.words = options.words[1:]
-    elif options.words or (sys.stdin is not None and sys.stdin.isatty() and options.file is None):
+    elif (
+        options.words
+        or options.resume
+        or (sys.stdin is not None and sys.stdin.isatty() and options.file is None)
+    ):
         return None
     if sys.stdin is None:
         raise UsageError("there is no standard input", "llmos -c TEXT, llmos -f FILE or llmos COMMAND")
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input"
+
+
+def _is_typed() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read(file: Path) -> str:
@@ -103,12 +119,22 @@ def _serve(machine: "Machine", options: argparse.Namespace, script: tuple[str, s
         if script is None:
             raise UsageError("-n checks a script", "llmos -n -f FILE")
         return check_text(machine.shell, *script)
+    if options.resume:
+        # One that cannot go on must not end the others: a script that fails kills what it left behind.
+        interpreter.run_text(machine.shell, "resume || failed=1", "--resume")
+        if "failed" in machine.shell.variables or not (script or options.words):
+            return int("failed" in machine.shell.variables)
     if script is not None:
         return interpreter.run_text(machine.shell, *script)
     if options.words:
         return interpreter.run_argv(machine.shell, options.words)
     from shell.repl import interact
 
+    if orphans := machine.system.orphans():
+        machine.shell.note(
+            f"{len(orphans)} processes ran when LLMOS was killed: `resume` goes on with them, "
+            "`resume --forget` does not"
+        )
     return interact(machine.shell, machine.paths.history_file)
 
 

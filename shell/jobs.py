@@ -8,10 +8,14 @@ brought to the foreground, or found done.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
@@ -21,7 +25,7 @@ from shell.render import format_bytes, format_duration
 from shell.terminal import encode, fit, one_line
 
 if TYPE_CHECKING:
-    from shell.session import Shell
+    from shell.session import Frame, Shell
 
 _POLL_S = 0.05  # how late ^C may be noticed while a process is silent
 _STOPPED = 148
@@ -72,6 +76,30 @@ class Sink:
                 break
         if last != "\n":
             self._file.write(b"\n")
+
+
+def sink_of(frame: Frame) -> str:
+    """Where a command's output goes, so that it can go on there after a crash; "" if not to a file."""
+    if frame.stdout is None or not stat.S_ISREG(os.fstat(frame.stdout.fileno()).st_mode):
+        return ""
+    return json.dumps({"path": str(Path(frame.target).absolute()), "offset": frame.stdout.tell()})
+
+
+def reopen_sink(description: str) -> tuple[BinaryIO, str] | None:
+    """The file of `sink_of`, cut back to where the job began: its whole output is written again.
+
+    Raises LlmosError if it cannot be opened.
+    """
+    if not description:
+        return None
+    where = json.loads(description)
+    try:
+        file = Path(where["path"]).open("r+b")  # noqa: SIM115
+        file.truncate(where["offset"])
+        file.seek(where["offset"])
+    except OSError as error:
+        raise LlmosError(f"{where['path']}: {error.strerror or error}") from error
+    return file, where["path"]
 
 
 @dataclass(slots=True, eq=False)

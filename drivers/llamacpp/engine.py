@@ -22,6 +22,7 @@ from drivers.llamacpp.sampler import Sampler
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.weights import Weights, fingerprint
+from drivers.prompt_queue import PromptQueue
 from kernel.device import (
     EngineInfo,
     EngineOptions,
@@ -138,14 +139,24 @@ class LlamaEngine:
         self._ends = np.array(sorted(weights.ends), np.intp)
         self._sequences: dict[int, Sequence] = {}
         self._by_seat: list[Sequence] = []  # the same, in the order of their seats
+        self._queue = PromptQueue()
         self._prompts_next = True  # passes over prompts and decoding passes alternate
         self._closed = False
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
+        opened = self._open(seq, prompt, sampling)
+        self._queue.drop(seq)
+        return opened
+
+    def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
         tokens, answer_at = self._prompts.first(prompt)
         self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
         return Opened(tuple(tokens))
+
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        self._check(seq)
+        self._queue.add(seq, prompt, sampling)
 
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         sequence = self._get(seq)
@@ -154,13 +165,14 @@ class LlamaEngine:
         sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
         return Opened(tuple(added))
 
-    def fork(self, source: int, target: int) -> None:
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         self._check(target)
         original = self._get(source)
         if source == target:
             raise UsageError(f"sequence {source} cannot be forked onto itself")
+        sampler = Sampler(sampling or original.sampling)
         self.close(target)
-        twin = original.copy(target, self._slab.take())
+        twin = original.copy(target, self._slab.take(), sampling or original.sampling, sampler)
         self._enter(twin)
         if twin.computed and not self._slab.write(twin.seat, self._slab.read(original.seat), twin.computed):
             self.close(target)
@@ -175,6 +187,7 @@ class LlamaEngine:
         tokens, answer_at = self._prompts.replayed(prompt)
         computed, state = kvstate.unpack(self._model, tokens, kv)
         sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
+        self._queue.drop(seq)
         if computed and not self._slab.write(sequence.seat, state, computed):
             self.close(seq)
             raise CheckpointInvalid("llama.cpp does not take this KV state")
@@ -184,6 +197,10 @@ class LlamaEngine:
         return Opened(tuple(tokens), computed)
 
     def close(self, seq: int) -> None:
+        self._queue.drop(seq)
+        self._end(seq)
+
+    def _end(self, seq: int) -> None:
         sequence = self._sequences.pop(seq, None)
         if sequence:
             self._by_seat.remove(sequence)
@@ -199,7 +216,7 @@ class LlamaEngine:
 
     def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
         begin_s = time.perf_counter()
-        told = self._told(quota_tokens)
+        told = self._queue.take_up(quota_tokens, self._is_over, self._open) + self._told(quota_tokens)
         chosen = plan(self._by_seat, quota_tokens, self._slab.capacity_tokens, self._prompts_next)
         if chosen:
             self._prompts_next = chosen[0][1] == 1
@@ -211,6 +228,10 @@ class LlamaEngine:
         elif not told:
             return None
         return StepEvent(0, time.perf_counter() - begin_s, tuple(told))
+
+    def _is_over(self, seq: int) -> bool:
+        """Whether a sequence is not there, or has finished and told it."""
+        return seq not in self._sequences or self._sequences[seq].reported
 
     def _told(self, quota_tokens: MutableMapping[int, int]) -> list[SequenceStep]:
         """Ends that no step has told yet: histories that were complete when they were opened."""
@@ -275,7 +296,7 @@ class LlamaEngine:
     ) -> Sequence:
         """Give a checked history a seat; a sequence of that number is ended first."""
         sampler = Sampler(sampling)
-        self.close(seq)
+        self._end(seq)
         sequence = Sequence(seq, self._slab.take(), tokens, 0, 0, self.info.context_tokens, sampling, sampler)
         sequence.begin_answer(answer_at, max_tokens, self._weights)
         self._enter(sequence)

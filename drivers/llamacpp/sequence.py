@@ -57,7 +57,7 @@ class Sequence:
             ended = answer[-1] in weights.ends and not self.sampling.ignore_eos
             self.finish = "stop" if ended else self._limit()
 
-    def copy(self, target: int, seat: int) -> "Sequence":
+    def copy(self, target: int, seat: int, sampling: Sampling, sampler: Sampler) -> "Sequence":
         twin = Sequence(
             target,
             seat,
@@ -65,8 +65,8 @@ class Sequence:
             self.prompt_tokens,
             self.max_tokens,
             self.window_tokens,
-            self.sampling,
-            Sampler(self.sampling),
+            sampling,
+            sampler,
             self.computed,
             self.given_tokens,
             self.finish,

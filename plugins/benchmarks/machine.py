@@ -24,6 +24,7 @@ from kernel.syscall import Syscalls
 from llmos.paths import find_paths, writable
 from llmos.store import Store
 from plugins.benchmarks.progress import Tell
+from shell.registry import Arguments
 from shell.session import Shell
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
@@ -37,14 +38,15 @@ class Machine:
     system: Syscalls
     model: ModelView
 
-    def spec(self, prompt: str, tokens: int, items: int = 1) -> ProcessSpec:
-        """A greedy process that draws exactly so many tokens per item."""
+    def spec(self, prompt: str, tokens: int, *, items: int = 1, nice: int = 0) -> ProcessSpec:
+        """A greedy process that draws exactly so many tokens per item; 0 fills the window."""
         return ProcessSpec(
             model=self.model.path,
             prompts=(prompt,) * items,
             raw=True,
             sampling=GREEDY,
             max_tokens=tokens,
+            nice=nice,
             command="bench",
         )
 
@@ -72,18 +74,26 @@ def booted(path: Path, options: EngineOptions, driver: Driver | None = None) -> 
         system.shutdown()
 
 
-def options(path: Path, seats: int, window_tokens: int) -> EngineOptions:
+def options(path: Path, seats: int, window_tokens: int, threads: int = 0) -> EngineOptions:
     """As the driver would decide, for so many seats of such a window: the same for who is compared."""
-    asked = EngineOptions(window_tokens, seats)
+    asked = EngineOptions(window_tokens, seats, threads)
     return layout.decide(header.read(path), asked, layout.free_ram_bytes(), layout.cores()).options
 
 
 def check_idle(shell: Shell) -> None:
     """Raises NotPermitted where a user's processes would be measured too."""
-    running = [view.pid for view in shell.system.snapshot().processes if view.state in ("RUNNABLE", "RUNNING")]
-    if running:
-        pids = ", ".join(map(str, running))
-        raise NotPermitted(f"processes run: {pids}", "`wait` for them, or `stop` them: they would be measured too")
+    at_rest = ("STOPPED", "SLEEPING", "ZOMBIE")
+    busy = [view.pid for view in shell.system.snapshot().processes if view.state not in at_rest]
+    if busy:
+        pids = ", ".join(map(str, busy))
+        hint = "`wait` for them, or `stop` them: they would be measured too"
+        raise NotPermitted(f"processes run: {pids}", hint)
+
+
+def model_argument(parser: Arguments) -> None:
+    """`--model`, as every benchmark that needs one takes it."""
+    told = "measure this model; without it one of 61 M random parameters"
+    parser.add("--model", metavar="FILE", completes=("model", "file"), help=told)
 
 
 def model_path(shell: Shell, name: str | None, tell: Tell) -> Path:

@@ -11,7 +11,6 @@ import queue
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from drivers.llamacpp.driver import LlamaCppDriver

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernel.errors import KernelFault
-from plugins.benchmarks.machine import Machine, booted, check_idle, model_path, options
+from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.rawside import RawSide
 from plugins.benchmarks.spread import Spread
@@ -47,9 +47,10 @@ class Job:
     """What both sides compute."""
 
     path: Path
-    prompt_tokens: int  # about: prompts are text
+    prompt_characters: int
     output_tokens: int
     repeat: int
+    threads: int = 0  # 0: as the driver decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,9 @@ class _Run:
 
 def measure(job: Job, sequences: int, tell: Tell) -> Row:
     """Run both sides in turn. Raises KernelFault if a process does not end well."""
-    window_tokens = job.prompt_tokens + job.output_tokens + 16
-    shared = options(job.path, sequences, window_tokens)
-    texts = [_text(job.prompt_tokens, number) for number in range(sequences)]
+    window_tokens = job.prompt_characters + job.output_tokens + 16
+    shared = options(job.path, sequences, window_tokens, job.threads)
+    texts = [_text(job.prompt_characters, number) for number in range(sequences)]
     tell(f"throughput: loading for {sequences} sequences")
     with booted(job.path, shared) as machine, RawSide(job.path, shared) as raw:
         warm = _llmos(machine, texts, job.output_tokens)
@@ -154,10 +155,11 @@ def positive(text: str) -> int:
 
 
 def _arguments(parser: Arguments) -> None:
-    parser.add("--model", metavar="FILE", completes=("model", "file"), help="another model than our random one")
+    model_argument(parser)
     parser.add("--sequences", type=counts, default=(1, 4, 16), metavar="N,N", help="processes; 1,4,16")
     parser.add("--tokens", type=positive, default=128, metavar="N", help="output tokens of each; 128")
     parser.add("--prompt", type=positive, default=64, metavar="N", help="characters of each prompt; 64")
+    parser.add("--threads", type=positive, default=0, metavar="N", help="compute threads of both sides")
     parser.add("--repeat", type=positive, default=5, metavar="R", help="pairs of runs; 5")
     parser.add("--json", action="store_true", help="one object")
 
@@ -165,12 +167,14 @@ def _arguments(parser: Arguments) -> None:
 def _run(shell: Shell, args: argparse.Namespace) -> int:
     check_idle(shell)
     with progress(shell.err) as tell:
-        job = Job(model_path(shell, args.model, tell), args.prompt, args.tokens, args.repeat)
+        path = model_path(shell, args.model, tell)
+        job = Job(path, args.prompt, args.tokens, args.repeat, args.threads)
         rows = [measure(job, sequences, tell) for sequences in args.sequences]
     if args.json or shell.json:
         shell.out.line(json.dumps(report(job, rows)))
         return 0
-    shell.out.line(f"output tokens/s on {job.path.name}, {job.prompt_tokens} + {job.output_tokens} tokens each")
+    lengths = f"{job.prompt_characters} characters + {job.output_tokens} tokens"
+    shell.out.line(f"output tokens/s on {job.path.name}, {lengths} each")
     write_table(shell.out, _COLUMNS, rows)
     return 0
 
@@ -179,9 +183,10 @@ def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
     """What --json prints."""
     return {
         "model": str(job.path),
-        "prompt_characters": job.prompt_tokens,
+        "prompt_characters": job.prompt_characters,
         "output_tokens": job.output_tokens,
         "repeat": job.repeat,
+        "threads": job.threads,
         "aim_ratio": AIM,
         "same_outputs": all(row.same_outputs for row in rows),
         "rows": [asdict(row) for row in rows],

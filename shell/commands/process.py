@@ -154,6 +154,15 @@ def _targets_only(parser: Arguments) -> None:
     add_targets(parser)
 
 
+def _why(shell: Shell, args: Namespace) -> int:
+    def tell(pid: int) -> None:
+        view = shell.system.process(pid)
+        shell.out.line(f"{pid}  {view.command}")
+        shell.out.lines(f"  {line}" for line in shell.system.why(pid))
+
+    return for_each(shell, args.targets, tell)
+
+
 SPECS = (
     CommandSpec(
         "ps",
@@ -163,6 +172,14 @@ SPECS = (
         ("ps", "ps --sort -tokens_per_s", "ps -a -o pid,nice,output_tokens,exit_code"),
         group="processes",
         rewrite=_ps_words,
+    ),
+    CommandSpec(
+        "why",
+        "what a process waits for, why it ended, and its share",
+        _why,
+        _targets_only,
+        ("why 15", "why %1"),
+        group="processes",
     ),
     CommandSpec(
         "kill",

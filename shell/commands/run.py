@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import ProcessSpec, Sampling
-from shell.jobs import start
+from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
 
@@ -55,6 +55,7 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
         nice=shell.frame.nice if args.nice is None else args.nice,
         command=shell.frame.line,
         context_tokens=args.ctx,
+        sink=sink_of(shell.frame),
     )
     return start(shell, shell.system.spawn(spec))
 

@@ -1,0 +1,70 @@
+"""`why`: what a process waits for, why it ended, what share it is due and receives, in words.
+
+Lock: the process table's, held by the caller.
+"""
+
+from kernel.models import Model
+from kernel.process import Process, Signal, State
+
+
+def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, ...]:
+    """Sentences, the most important first."""
+    if not process.alive:
+        return _ended(process)
+    if process.state is State.STOPPED:
+        return (
+            "It was stopped.",
+            f"`cont {process.pid}` lets it go on where it was.",
+            *_share(process, model),
+        )
+    if model is None or model.host is None:
+        return (_loading(process, model),)
+    if all(thread.seat is None for thread in process.threads):
+        return (_no_seat(process, model), *_share(process, model))
+    rate = process.rate.per_s(now_s)
+    return (f"It runs: {rate:.0f} output tokens/s now.", *_share(process, model), *_failures(process))
+
+
+def _ended(process: Process) -> tuple[str, ...]:
+    code, error = process.exit_code, process.error
+    seconds = (process.ended_s or 0.0) - process.started_s
+    what = f"after {seconds:.1f} s and {process.output_tokens} output tokens"
+    if error is not None:
+        return tuple(filter(None, (f"It failed (exit code {code}) {what}: {error.message}.", error.hint)))
+    if code and code > 128:
+        return (f"It was ended by the signal {Signal(code - 128).name} (exit code {code}) {what}.",)
+    return (f"It ended by itself {what}: {process.item} of {len(process.spec.prompts)} prompts answered.",)
+
+
+def _loading(process: Process, model: Model | None) -> str:
+    if model is None:
+        return f"It waits for {process.model}, which nobody loads."
+    died = f" again: {model.error.message}" if model.error else ""
+    return f"It waits for {model.name} to load{died} ({model.progress:.0%} done)."
+
+
+def _no_seat(process: Process, model: Model) -> str:
+    waiting = sum(1 for member in model.users) - sum(1 for seat in model.seats if seat is not None)
+    return (
+        f"It waits for one of the {len(model.seats)} seats of {model.name}; {waiting} processes wait, and "
+        "the one with the earliest deadline is next: `renice` moves it up."
+    )
+
+
+def _share(process: Process, model: Model | None) -> tuple[str, ...]:
+    """Due and received, and the part of the model's service that the weight stands for."""
+    if model is None:
+        return ()
+    members = [thread for thread in process.threads if thread in model.queue]
+    due = process.share_due + sum(model.queue.due(thread) for thread in members)
+    lines = [f"Since it started it received {process.share_received:.0f} of {due:.0f} service units due."]
+    if members:
+        part = sum(thread.weight for thread in members) / model.queue.weight
+        lines.append(f"Nice {process.nice} is due {part:.1%} of {model.name}'s service now.")
+    return tuple(lines)
+
+
+def _failures(process: Process) -> tuple[str, ...]:
+    if process.error is None:
+        return ()
+    return (f"{process.items_failed} prompts failed so far; the first: {process.error.message}.",)

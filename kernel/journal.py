@@ -1,0 +1,320 @@
+"""The journal: the process table on disk, so that a crash of LLMOS loses nothing.
+
+One SQLite file per boot (WAL, so that a write is an append), locked for as long as that LLMOS lives. A
+process's specification is written before `spawn` returns; its tokens and replies follow in group commits
+by a thread that sleeps while nothing changes: the token loop only adds to a set. Commits do not fsync: the
+journal survives the death of LLMOS at any instant, and a power failure up to the last checkpoint of the WAL.
+A process leaves the journal when it is reaped, not when it ends: until then its output may not have
+reached its file. At a clean end the file is removed. One whose lock is free belongs to an LLMOS that died.
+Lock: `_changed` guards the set of changed processes; it is a leaf.
+Not here: how a process goes on from its state (kernel.restore).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kernel.checkpoint import Checkpoint, model_digest
+from kernel.errors import LlmosError, NotPermitted
+from kernel.process import Process, spec_from
+
+GROUP_COMMIT_S = 0.1
+
+_TABLES = ("process", "reply", "progress")
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS process (
+    pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER);
+CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
+CREATE TABLE IF NOT EXISTS progress (
+    pid INTEGER PRIMARY KEY, item INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
+    prompt_tokens INTEGER, output_tokens INTEGER);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A process that its LLMOS had not reaped when it died."""
+
+    file: Path  # the journal it is in
+    pid: int  # it had; it will get a new one
+    nice: int
+    exit_code: int | None  # it had ended, but perhaps not all of its output had been written
+    state: Checkpoint  # without KV
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What changed of one process, copied under the table's lock."""
+
+    pid: int
+    first_item: int
+    replies: tuple[str, ...]
+    item: int
+    prompt_length: int
+    tokens: bytes
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    nice: int
+    exit_code: int | None
+    reaped: bool
+
+
+class Journal:
+    """This boot's journal. `table_lock` is the process table's."""
+
+    def __init__(self, folder: Path, table_lock: threading.RLock, failed: Callable[[str], None]) -> None:
+        """Raises OSError, sqlite3.Error if the folder cannot be used."""
+        self.folder = folder
+        self._table_lock = table_lock
+        self._failed = failed
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.file, self._lock_handle = _new_file(folder)
+        self._database = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
+        self._database.executescript(_SCHEMA)
+        self._writing = threading.Lock()  # one transaction at a time
+        self._changed = threading.Condition()
+        self._dirty: dict[Process, None] = {}  # guarded by _changed; a set that keeps order
+        self._items: dict[int, int] = {}  # replies written so far, by PID; guarded by _writing
+        self._closed = False  # guarded by _changed
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    def spawned(self, process: Process, model_file: Path) -> None:
+        """Write a specification, before its PID is given out. Called without the table's lock."""
+        try:
+            digest = model_digest(model_file)
+        except LlmosError as error:
+            self._failed(error.message)
+            return
+        values = (process.pid, process.nice, json.dumps(asdict(process.spec)), digest)
+        with self._writing, self._failing():
+            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL)", values)
+
+    def mark(self, process: Process) -> None:
+        """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
+        with self._changed:
+            if not self._dirty:
+                self._changed.notify()
+            self._dirty[process] = None
+
+    def flush(self) -> None:
+        """Write what is marked, now."""
+        with self._writing:
+            with self._changed:
+                dirty, self._dirty = list(self._dirty), {}
+            with self._table_lock:
+                rows = [self._row(process) for process in dirty]
+            with self._failing():
+                self._write(rows)
+
+    def close(self) -> None:
+        """Stop, and remove the file: nothing is left to go on with."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self._database.close()
+        discard(self.file)
+        os.close(self._lock_handle)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._dirty or self._closed)
+                if self._closed:
+                    return
+                self._changed.wait_for(lambda: self._closed, GROUP_COMMIT_S)  # let a group gather
+            self.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A full disk must not stop the machine: it is told, and the work goes on without a journal."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            self._failed(f"the journal cannot be written: {error}")
+
+    def _row(self, process: Process) -> _Row:
+        thread, first = process.threads[0], self._items.get(process.pid, 0)
+        self._items[process.pid] = len(process.replies)
+        return _Row(
+            pid=process.pid,
+            first_item=first,
+            replies=tuple(process.replies[first:]),
+            item=process.item,
+            prompt_length=thread.prompt_length,
+            tokens=array("i", thread.tokens).tobytes(),
+            text="".join(process.reply),
+            prompt_tokens=process.prompt_tokens,
+            output_tokens=process.output_tokens,
+            nice=process.nice,
+            exit_code=process.exit_code,
+            reaped=process.reaped,
+        )
+
+    def _write(self, rows: list[_Row]) -> None:
+        run = self._database.execute
+        run("BEGIN")
+        for row in rows:
+            if row.reaped:
+                for table in _TABLES:
+                    run(f"DELETE FROM {table} WHERE pid = ?", (row.pid,))
+                continue
+            run(
+                "UPDATE process SET nice = ?, exit_code = ? WHERE pid = ?", (row.nice, row.exit_code, row.pid)
+            )
+            for item, text in enumerate(row.replies, row.first_item):
+                run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
+            progress = (row.pid, row.item, row.prompt_length, row.tokens, _bytes(row.text))
+            counts = (row.prompt_tokens, row.output_tokens)
+            run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?)", progress + counts)
+        run("COMMIT")
+
+
+def dead_journals(folder: Path) -> list[Path]:
+    """Files whose LLMOS has died, oldest first."""
+    try:
+        files = sorted(folder.glob("*.db"), key=lambda file: file.stat().st_mtime)
+    except OSError:
+        return []
+    return [file for file in files if _is_dead(file)]
+
+
+def read(file: Path) -> list[Orphan]:
+    """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            rows = database.execute(_PROCESSES).fetchall()
+            return [_orphan(file, database, *row) for row in rows]
+    except (sqlite3.Error, ValueError, TypeError, KeyError):
+        return []
+
+
+_PROCESSES = """
+SELECT pid, nice, exit_code, spec, digest, coalesce(prompt_length, 0), coalesce(tokens, x''),
+    coalesce(text, x''), coalesce(prompt_tokens, 0), coalesce(output_tokens, 0)
+FROM process LEFT JOIN progress USING (pid) ORDER BY pid
+"""
+
+
+def _orphan(
+    file: Path,
+    database: sqlite3.Connection,
+    pid: int,
+    nice: int,
+    exit_code: int | None,
+    spec: str,
+    digest: str,
+    prompt_length: int,
+    tokens: bytes,
+    text: bytes,
+    prompt_tokens: int,
+    output_tokens: int,
+) -> Orphan:
+    replies = database.execute("SELECT text FROM reply WHERE pid = ? ORDER BY item", (pid,))
+    state = Checkpoint(
+        spec=spec_from(json.loads(spec)),
+        model_digest=digest,
+        tokens=tuple(array("i", tokens)),
+        prompt_length=prompt_length,
+        replies=tuple(_text(reply) for (reply,) in replies),
+        reply=_text(text),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        kv=None,
+    )
+    return Orphan(file, pid, nice, exit_code, state)
+
+
+@contextlib.contextmanager
+def claimed(process: Orphan) -> Iterator[None]:
+    """Hold a dead LLMOS's process while it is revived; then it leaves its journal.
+
+    Raises NotPermitted if somebody else has taken it.
+    """
+    taken = NotPermitted(f"process {process.pid} of an earlier LLMOS is being continued elsewhere")
+    with _locked(process.file) as free:
+        if not free:
+            raise taken
+        with contextlib.closing(sqlite3.connect(process.file)) as database:
+            if not database.execute("SELECT 1 FROM process WHERE pid = ?", (process.pid,)).fetchone():
+                raise taken
+            yield
+            for table in _TABLES:
+                database.execute(f"DELETE FROM {table} WHERE pid = ?", (process.pid,))
+            database.commit()
+            rest = database.execute("SELECT count(*) FROM process").fetchone()[0]
+        if not rest:
+            discard(process.file)
+
+
+def discard(file: Path) -> None:
+    """Remove a journal."""
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            Path(f"{file}{suffix}").unlink()
+    with contextlib.suppress(OSError):
+        file.with_suffix(".lock").unlink()
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """A fresh name, and the lock that says its owner lives."""
+    number = 0
+    while True:
+        file = folder / f"{os.getpid()}-{number}.db"
+        handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+        else:
+            if not file.exists():
+                os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                return file, handle
+            os.close(handle)  # a dead one's, of a process that had our PID
+        number += 1
+
+
+def _is_dead(file: Path) -> bool:
+    with _locked(file) as free:
+        return free
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[bool]:
+    """Whether a journal's lock was free; it is held meanwhile."""
+    try:
+        handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        if free:  # by name: a worker that is being forked holds a copy of the handle until it execs
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _bytes(text: str) -> bytes:
+    """Text as SQLite can hold it: prompts and replies may have lone surrogates."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")

@@ -1,0 +1,354 @@
+"""The Hugging Face hub: which files a repository has, and one of them fetched so that it can be trusted.
+
+The list, addresses and the user's token come from huggingface_hub. Bytes are received here, because the
+library starts a file anew after an interruption: a partial file is taken up where it ended, and its
+checksum is that of the hub's own list, or it is thrown away.
+
+Owner: the store. Blocking, one transfer at a time; ^C (KeyboardInterrupt) leaves the partial file whole.
+Not here: where a finished file goes (store), progress bars (shell).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import urlsplit
+
+from kernel.errors import LlmosError, ModelInvalid, ModelNotFound, NotPermitted, TimedOut, UsageError
+from llmos.folders import SUFFIX, part_names, stem
+
+if TYPE_CHECKING:
+    from httpx2 import Response
+
+Progress = Callable[[str, int, int], None]
+"""Told the file, the bytes that are here, and the bytes in all."""
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+CHUNK_BYTES = 1 << 18
+PROGRESS_WORTH_BYTES = 1 << 20  # an attempt that got so much further does not count as a failure
+SHOWN_CHOICES = 12
+_SOURCE = re.compile(r"hf:(\w([\w.-]*\w)?/\w([\w.-]*\w)?)(?::(.+))?", re.ASCII)
+_MAX_NAME = 96
+_RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class PullFailed(LlmosError):
+    """The hub did not give what was asked for; trying again may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file in a repository. Large files have a SHA-256, small ones only git's checksum."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    git_sha1: str
+
+    @property
+    def digest(self) -> str:
+        return self.sha256 or self.git_sha1
+
+    def hasher(self) -> hashlib._Hash:
+        if self.sha256:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """One commit of a repository."""
+
+    name: str
+    commit: str
+    files: tuple[HubFile, ...]
+
+
+def parse_source(text: str) -> tuple[str, str]:
+    """`hf:ORG/REPO[:FILE|:QUANT]` as repository and choice. Raises UsageError."""
+    match = _SOURCE.fullmatch(text)
+    name = match[1] if match else ""
+    if match is None or ".." in name or "--" in name or name.endswith(".git") or len(name) > _MAX_NAME:
+        raise UsageError(f"{text[:80]!r} names no repository", "pull hf:ORG/REPO, or hf:ORG/REPO:Q4_K_M")
+    return name, match[4] or ""
+
+
+def choose(repository: Repository, choice: str) -> tuple[HubFile, ...]:
+    """The one model that a choice means, as all its parts in order.
+
+    Raises UsageError (several match: they are named), ModelNotFound, ModelInvalid (no GGUF at all).
+    """
+    files = {file.path: file for file in repository.files}
+    models = [path for path in files if path.endswith(SUFFIX) and part_names(path)[0] == path]
+    if not models:
+        raise ModelInvalid(f"{repository.name} has no GGUF file", _other_formats(repository))
+    chosen = [path for path in models if _is_named(path, choice)] or [
+        path for path in models if _is_of(path, choice) and not path.rsplit("/", 1)[-1].startswith("mmproj")
+    ]
+    if not chosen:
+        raise ModelNotFound(f"{repository.name} has no {choice!r}", f"it has {_listed(models, files)}")
+    if len(chosen) > 1:
+        hint = f"pull hf:{repository.name}:CHOICE with one of {_listed(chosen, files)}"
+        raise UsageError(f"{repository.name} has {len(chosen)} models", hint)
+    return _parts(repository, chosen[0], files)
+
+
+def _is_named(path: str, choice: str) -> bool:
+    return choice in (path, path.removesuffix(SUFFIX), stem(path))
+
+
+def _is_of(path: str, quantization: str) -> bool:
+    """Whether a quantisation is a word of its name: Q4_K is none of x-Q4_K_M.gguf."""
+    word = rf"(^|[-._/]){re.escape(quantization)}($|[-./])"
+    return not quantization or re.search(word, stem(path), re.IGNORECASE) is not None
+
+
+def _listed(paths: list[str], files: Mapping[str, HubFile]) -> str:
+    shown = [f"{path} ({_all_bytes(path, files) / 1e9:.1f} GB)" for path in sorted(paths)[:SHOWN_CHOICES]]
+    more = len(paths) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _all_bytes(path: str, files: Mapping[str, HubFile]) -> int:
+    return sum(files[part].size_bytes for part in part_names(path) if part in files)
+
+
+def _other_formats(repository: Repository) -> str:
+    if any(file.path.endswith(".safetensors") for file in repository.files):
+        return "it has safetensors, which LLMOS cannot run yet; look for a repository with GGUF in its name"
+    return "LLMOS pulls GGUF files"
+
+
+def _parts(repository: Repository, path: str, files: Mapping[str, HubFile]) -> tuple[HubFile, ...]:
+    names = part_names(path)
+    missing = [name for name in names if name not in files]
+    if missing:
+        raise ModelInvalid(f"{repository.name} lacks {len(missing)} of {len(names)} parts: {missing[0]}, …")
+    for name in names:
+        if not files[name].digest:
+            raise PullFailed(f"the hub gives no checksum for {name}")
+    return tuple(files[name] for name in names)
+
+
+class Hub:
+    """A hub at an address: HF_ENDPOINT's, or Hugging Face's own."""
+
+    def __init__(
+        self, endpoint: str = "", *, stall_s: float = 20.0, attempts: int = 4, backoff_s: float = 1.0
+    ) -> None:
+        self.endpoint = (endpoint or DEFAULT_ENDPOINT).rstrip("/")
+        self.stall_s = stall_s
+        self.attempts = attempts
+        self.backoff_s = backoff_s
+
+    def repository(self, name: str) -> Repository:
+        """What a repository has. Raises ModelNotFound, NotPermitted, TimedOut, PullFailed."""
+        _quieten()
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self.endpoint, library_name="llmos")
+        failures = 0
+        while True:
+            try:
+                with self._told(name):
+                    info = api.model_info(name, files_metadata=True, timeout=self.stall_s)
+                    return _repository(name, info.sha, info.siblings)
+            except _Passing as reason:
+                failures += 1
+                self._rest(failures, reason)
+
+    def fetch(self, repository: Repository, file: HubFile, stream: BinaryIO, progress: Progress) -> None:
+        """Receive what is missing of a file at the end of `stream`, and check the whole of it.
+
+        Raises as `repository`; then what was received stays, unless it was wrong.
+        """
+        _quieten()
+        transfer = _Transfer(self, repository, file, stream, progress)
+        failures = 0
+        while not transfer.complete:
+            before = transfer.done_bytes
+            try:
+                with self._told(repository.name):
+                    transfer.receive()
+            except _Passing as reason:
+                failures = 0 if transfer.done_bytes - before >= PROGRESS_WORTH_BYTES else failures
+                failures += 1
+                self._rest(failures, reason)
+        transfer.verify()
+
+    def _rest(self, failures: int, reason: _Passing) -> None:
+        """Wait before another attempt. Raises what the failure means if it was the last one."""
+        if failures >= self.attempts:
+            raise reason.error from None
+        time.sleep(self.backoff_s * 2 ** (failures - 1))
+
+    @contextmanager
+    def _told(self, repository: str) -> Iterator[None]:
+        """What goes wrong on the way, in the user's words: LlmosError for good, _Passing for now."""
+        from httpx2 import HTTPError, TimeoutException
+        from huggingface_hub.errors import HfHubHTTPError
+
+        host = urlsplit(self.endpoint).netloc or self.endpoint
+        try:
+            yield
+        except HfHubHTTPError as error:
+            raise self._refusal(repository, host, error.response) from None
+        except TimeoutException:
+            raise _Passing(TimedOut(f"{host} sent nothing for {self.stall_s:g} s", _AGAIN)) from None
+        except (HTTPError, ConnectionError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise _Passing(PullFailed(f"the connection to {host} failed: {why}", _AGAIN)) from None
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise PullFailed(f"{host} sent an answer that makes no sense", _detail(error)) from None
+
+    def _refusal(self, repository: str, host: str, response: Response) -> Exception:
+        code = response.status_code
+        said = response.headers.get("X-Error-Code", "")
+        if code in _RETRIED:
+            return _Passing(PullFailed(f"{host} answered {code} {response.reason_phrase}", _AGAIN))
+        if said == "GatedRepo" or code == 403:
+            hint = f"accept its terms at {self.endpoint}/{repository}, and set HF_TOKEN"
+            return NotPermitted(f"{repository} is open only to those who were let in", hint)
+        if code in (401, 404):  # the hub answers 401 for what it does not have, to who has not logged in
+            return ModelNotFound(
+                f"{host} has no {repository}, or it is private", "HF_TOKEN opens private ones"
+            )
+        return PullFailed(f"{host} answered {code} {response.reason_phrase}")
+
+
+_AGAIN = "the same `pull` again goes on where this one ended"
+
+
+class _Passing(Exception):
+    """A failure that may be over at the next attempt."""
+
+    def __init__(self, error: LlmosError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Transfer:
+    """One file on its way. The stream's end is where it goes on."""
+
+    def __init__(
+        self, hub: Hub, repository: Repository, file: HubFile, stream: BinaryIO, progress: Progress
+    ) -> None:
+        self._hub = hub
+        self._repository = repository
+        self._file = file
+        self._stream = stream
+        self._progress = progress
+        self._restart()
+        if stream.seek(0, os.SEEK_END) <= file.size_bytes:
+            self._take_up()
+        else:
+            stream.truncate(0)
+
+    @property
+    def complete(self) -> bool:
+        return self.done_bytes == self._file.size_bytes
+
+    def _restart(self) -> None:
+        self.done_bytes = 0
+        self._hash = self._file.hasher()
+
+    def _take_up(self) -> None:
+        """Count what an earlier transfer left."""
+        self._stream.seek(0)
+        while chunk := self._stream.read(CHUNK_BYTES):
+            self._count(chunk)
+
+    def _count(self, chunk: bytes) -> None:
+        self._hash.update(chunk)
+        self.done_bytes += len(chunk)
+        self._progress(self._file.path, self.done_bytes, self._file.size_bytes)
+
+    def receive(self) -> None:
+        """One request. Returns with the file complete, raises _Passing for a body that was cut."""
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(
+            self._repository.name,
+            self._file.path,
+            revision=self._repository.commit,
+            endpoint=self._hub.endpoint,
+        )
+        headers = build_hf_headers(library_name="llmos") | {"Accept-Encoding": "identity"}
+        if self.done_bytes:
+            headers["Range"] = f"bytes={self.done_bytes}-"
+        with get_session().stream("GET", url, headers=headers, timeout=self._hub.stall_s) as response:
+            hf_raise_for_status(response)
+            self._position(response)
+            for chunk in response.iter_raw(CHUNK_BYTES):
+                self._write(chunk)
+        if not self.complete:
+            raise _Passing(PullFailed(f"the hub cut {self._file.path} short", _AGAIN))
+
+    def _position(self, response: Response) -> None:
+        """Go on where the answer does: after what is here, or at the beginning."""
+        begins = response.headers.get("Content-Range", "")
+        if response.status_code == 206 and begins.startswith(f"bytes {self.done_bytes}-"):
+            self._stream.seek(self.done_bytes)
+            return
+        if response.status_code != 200:
+            raise PullFailed(
+                f"the hub answered {response.status_code} {begins[:40]!r} to a request for bytes"
+            )
+        self._restart()
+        self._stream.seek(0)
+        self._stream.truncate()
+
+    def _write(self, chunk: bytes) -> None:
+        if self.done_bytes + len(chunk) > self._file.size_bytes:
+            self._discard()
+            raise PullFailed(f"the hub sent more of {self._file.path} than it has")
+        self._stream.write(chunk)
+        self._count(chunk)
+
+    def verify(self) -> None:
+        """Raises PullFailed, and drops what was received, if it is not what the hub's list says."""
+        if self._hash.hexdigest() != self._file.digest:
+            self._discard()
+            message = f"{self._file.path} arrived damaged: its checksum is not the hub's"
+            raise PullFailed(message, "nothing was kept; `pull` again fetches it anew")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _discard(self) -> None:
+        self._stream.seek(0)
+        self._stream.truncate()
+
+
+def _repository(name: str, commit: object, siblings: object) -> Repository:
+    """The hub's answer, checked: names must stay below the folder they are put in."""
+    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+        raise ValueError("no commit")
+    files = []
+    for sibling in siblings or ():  # type: ignore[attr-defined]
+        lfs = sibling.lfs
+        size = lfs.size if lfs else sibling.size
+        sha256, sha1 = (lfs.sha256 if lfs else ""), (sibling.blob_id or "")
+        if not isinstance(size, int) or size < 0 or not re.fullmatch(r"([0-9a-f]{40})?", sha1):
+            raise ValueError(f"{sibling.rfilename!r} without a size")
+        if lfs and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise ValueError(f"{sibling.rfilename!r} without a checksum")
+        files.append(HubFile(str(sibling.rfilename), size, sha256, sha1))
+    return Repository(name, commit, tuple(files))
+
+
+def _quieten() -> None:
+    """What the library logs, errors say; its Xet client is not used."""
+    from huggingface_hub import logging
+
+    logging.set_verbosity_error()
+
+
+def _detail(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,70 @@
+"""`resume`: go on with what ran when LLMOS died."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from kernel.errors import LlmosError
+from shell.jobs import reopen_sink, start
+from shell.registry import Arguments, CommandSpec
+from shell.render import Column, write_table
+from shell.session import Frame, Shell
+
+if TYPE_CHECKING:
+    from kernel.syscall import Orphan
+
+
+_COLUMNS: list[Column[Orphan]] = [
+    Column("PID", lambda orphan: str(orphan.pid), right=True, keep=3),
+    Column("ITEMS", lambda orphan: _items(orphan), right=True, keep=1),
+    Column("TOK", lambda orphan: str(orphan.state.output_tokens), right=True),
+    Column("JOB", lambda orphan: orphan.state.spec.command, keep=2, flexible=True),
+]
+
+
+def _items(orphan: Orphan) -> str:
+    return f"{len(orphan.state.replies)}/{len(orphan.state.spec.prompts)}"
+
+
+def _arguments(parser: Arguments) -> None:
+    parser.add("-l", "--list", action="store_true", help="only show what there is")
+    parser.add("--forget", action="store_true", help="throw it away")
+
+
+def _run(shell: Shell, args: Namespace) -> int:
+    orphans = shell.system.orphans()
+    if args.forget:
+        shell.system.forget_orphans()
+        shell.note(f"{len(orphans)} processes forgotten")
+        return 0
+    if args.list:
+        write_table(shell.out, _COLUMNS, orphans)
+        return 0
+    status = 0
+    for orphan in orphans:
+        frame = Frame(line=orphan.state.spec.command, background=True)
+        try:
+            sink = reopen_sink(orphan.state.spec.sink)
+            if sink is not None:
+                frame.stdout, frame.target = sink
+            with shell.framed(frame):
+                status = start(shell, shell.system.resume(orphan)) or status
+        except LlmosError as error:
+            frame.close()
+            shell.report(error)
+            status = error.exit_code
+    return status
+
+
+SPECS = (
+    CommandSpec(
+        "resume",
+        "go on with what ran when LLMOS was killed",
+        _run,
+        _arguments,
+        ("resume", "resume -l", "resume --forget"),
+        notes="Output files go on too: each ends up with every token once.",
+        group="processes",
+    ),
+)

@@ -1,0 +1,116 @@
+"""Nothing lost: `kill -9` of LLMOS at random instants, and `--resume`."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
+LLMOS = [sys.executable, "-m", "llmos"]
+
+
+def job(lines: Path, out: Path) -> str:
+    return f"run nano --lines --temp 0.9 --seed 3 -f {lines} > {out}"
+
+
+def undisturbed(lines: Path, folder: Path) -> str:
+    out = folder / "undisturbed.txt"
+    subprocess.run([*LLMOS, "-c", job(lines, out)], check=True, timeout=60)
+    return out.read_text()
+
+
+def killed_after(words: list[str], delay_s: float) -> bool:
+    """Start LLMOS, and kill it after a while; False if it had ended by then."""
+    child = subprocess.Popen([*LLMOS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        child.wait(delay_s)
+        return False
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        return True
+
+
+def campaign(tmp_path: Path, kills: int, seed: int) -> None:
+    """Kill one job again and again, wherever it is; its files end up as if nothing had happened."""
+    source = random.Random(seed)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("".join(REQUESTS.read_text().splitlines(keepends=True)[:150]))
+    expected = undisturbed(lines, tmp_path)
+    out, appended = tmp_path / "out.txt", tmp_path / "appended.txt"
+    appended.write_text("what was there before\n")
+    words = ["-c", f"{job(lines, out)} & {job(lines, appended).replace('>', '>>')}"]
+    done = 0
+    while done < kills:
+        if not killed_after(words, source.uniform(0.3, 1.2)):
+            break
+        done += 1
+        if words[0] == "--resume" or orphans() == 2:
+            words = ["--resume"]
+        else:  # killed before both were written down: begin again
+            subprocess.run([*LLMOS, "resume", "--forget"], check=True, capture_output=True, timeout=60)
+            appended.write_text("what was there before\n")
+    assert done > kills // 3, "too quick to be killed"
+    for _ in range(3):
+        subprocess.run([*LLMOS, "--resume"], check=True, timeout=60, capture_output=True)
+    assert out.read_text() == expected
+    assert appended.read_text() == "what was there before\n" + expected
+    assert not orphans()
+
+
+def orphans() -> int:
+    listed = subprocess.run([*LLMOS, "resume", "-l"], check=True, capture_output=True, timeout=60)
+    return len(listed.stdout.splitlines()) - 1
+
+
+def test_killed_again_and_again_the_output_is_exact(tmp_path: Path) -> None:
+    campaign(tmp_path, kills=8, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(40))
+def test_killed_a_thousand_times(tmp_path: Path, seed: int) -> None:
+    campaign(tmp_path, kills=25, seed=seed)
+
+
+def test_a_clean_end_leaves_nothing_to_resume(tmp_path: Path, llmos_home: Path) -> None:
+    subprocess.run([*LLMOS, "-c", "run nano --temp 0 hello"], check=True, timeout=60, capture_output=True)
+    assert not list((llmos_home / "journal").glob("*"))
+    assert not orphans()
+
+
+def test_a_living_llmos_is_not_an_orphan_and_forget_forgets(tmp_path: Path, llmos_home: Path) -> None:
+    child = subprocess.Popen([*LLMOS, "-c", f"{job(REQUESTS, tmp_path / 'out')} & sleep 30"])
+    try:
+        until = time.monotonic() + 20
+        while not list((llmos_home / "journal").glob("*.db")) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert orphans() == 0
+    finally:
+        child.kill()
+        child.wait()
+    assert orphans() == 1
+    subprocess.run([*LLMOS, "resume", "--forget"], check=True, timeout=60, capture_output=True)
+    assert orphans() == 0
+
+
+def test_a_damaged_journal_is_no_obstacle(llmos_home: Path) -> None:
+    folder = llmos_home / "journal"
+    folder.mkdir(parents=True)
+    for name, content in (("1-0", b""), ("2-0", os.urandom(5000)), ("3-0", b"SQLite format 3\0" + b"x" * 90)):
+        (folder / f"{name}.db").write_bytes(content)
+        (folder / f"{name}.lock").write_bytes(b"")
+    assert orphans() == 0
+    answer = subprocess.run(
+        [*LLMOS, "-c", "run nano --temp 0 'what is running?'; ps -a --json"], capture_output=True, timeout=60
+    )
+    first, _, views = answer.stdout.decode().partition("\n")
+    assert (answer.returncode, first) == (0, "ps"), answer.stderr
+    assert json.loads(views)[0]["exit_code"] == 0
