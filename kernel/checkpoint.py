@@ -1,8 +1,9 @@
 """A process as a file: its specification, its tokens, its replies, and its KV state.
 
 Layout (little-endian): magic, u32 version, u64 header length, u64 KV length, header (JSON), KV bytes,
-HMAC-SHA256 of all before it under this LLMOS's key. The KV state goes into a native parser, so it is
-used only when the MAC is ours and the model file is the same; otherwise tokens are computed again.
+SHA-256 of all before it, and an HMAC of that under this LLMOS's key. The checksum tells damage; the MAC
+tells whose file it is: KV state goes into a native parser, so it is used only when the MAC is ours and the
+model file is the same; otherwise tokens are computed again.
 Not here: engines (the dispatcher dumps and restores), the journal.
 """
 
@@ -22,7 +23,7 @@ from kernel.process import ProcessSpec, spec_from
 MAGIC = b"LLMOSCKP"
 VERSION = 1
 _FRAME = struct.Struct("<8sIQQ")
-_MAC_BYTES = 32
+_SUM_BYTES = 32
 HEADER_MAX_BYTES = 1 << 30
 
 
@@ -88,7 +89,8 @@ def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
     text = json.dumps(header, ensure_ascii=True).encode()
     kv = checkpoint.kv or b""
     body = _FRAME.pack(MAGIC, VERSION, len(text), len(kv)) + text + kv
-    return body + hmac.digest(key, body, "sha256")
+    checksum = hashlib.sha256(body).digest()
+    return body + checksum + hmac.digest(key, checksum, "sha256")
 
 
 def decode(blob: bytes, key: bytes) -> Checkpoint:
@@ -98,10 +100,13 @@ def decode(blob: bytes, key: bytes) -> Checkpoint:
     _, version, header_bytes, kv_bytes = _FRAME.unpack_from(blob)
     if version != VERSION:
         raise CheckpointInvalid(f"checkpoint version {version}; this LLMOS reads version {VERSION}")
-    if header_bytes > HEADER_MAX_BYTES or len(blob) != _FRAME.size + header_bytes + kv_bytes + _MAC_BYTES:
+    end = _FRAME.size + header_bytes + kv_bytes
+    if header_bytes > HEADER_MAX_BYTES or len(blob) != end + 2 * _SUM_BYTES:
         raise CheckpointInvalid("the checkpoint is damaged: its length is wrong")
-    body, mac = blob[:-_MAC_BYTES], blob[-_MAC_BYTES:]
-    ours = hmac.compare_digest(hmac.digest(key, body, "sha256"), mac)
+    body, checksum, mac = blob[:end], blob[end:-_SUM_BYTES], blob[-_SUM_BYTES:]
+    if hashlib.sha256(body).digest() != checksum:
+        raise CheckpointInvalid("the checkpoint is damaged: its checksum is wrong")
+    ours = hmac.compare_digest(hmac.digest(key, checksum, "sha256"), mac)
     try:
         header = json.loads(body[_FRAME.size : _FRAME.size + header_bytes])
         kv = body[_FRAME.size + header_bytes :] if ours and kv_bytes else None

@@ -161,12 +161,15 @@ class Dispatcher:
     def _fill_seats(self, model: Model) -> bool:
         """Give free seats to those who wait, and contested ones to those with a better claim."""
         worked = False
-        while True:
+        for _ in range(1 + 2 * len(model.seats)):  # whatever a policy says, seats do not go round for ever
             with self.table.lock:
                 thread = model.queue.first_waiting() if model.host else None
                 if thread is None:
                     return worked
-                victim = None if model.free_seat() is not None else self._victim(model, thread)
+                victim = None
+                if model.free_seat() is None:
+                    victim = self._victim(model, thread) if model.contested else None
+                    model.contested = victim is not None
                 if victim is None and not self._sit(model, thread):
                     return worked
             if victim is not None:
@@ -176,6 +179,7 @@ class Dispatcher:
                         continue  # it was killed meanwhile
             self._open(model, thread)
             worked = True
+        return worked
 
     @staticmethod
     def _sit(model: Model, thread: Thread) -> bool:

@@ -92,8 +92,12 @@ class FairQueue(Generic[Entity]):
     # Members
 
     def join(self, entity: Entity, weight: float, lag: float = 0.0) -> None:
-        """Become runnable, with the lag (in service units) kept from the last `leave`; `place` comes next."""
-        self.virtual -= lag / (self.weight + weight)
+        """Become runnable, with the lag (in service units) kept from the last `leave`; `place` comes next.
+
+        What it is owed, the others owe together; of one who comes alone, there is nobody to owe it.
+        """
+        lag = lag if self._members else 0.0
+        self.virtual -= lag / self.weight if self._members else 0.0
         self.weight += weight
         self._turn += 1
         vruntime = self.virtual - lag / weight
@@ -170,6 +174,9 @@ class FairQueue(Generic[Entity]):
         """Whether one who waits should have the seat of another."""
         members = self._members
         return self.policy.outranks(members[waiting], members[seated], self.virtual, self.terms)
+
+    def weight_of(self, entity: Entity) -> float:
+        return self._members[entity].weight
 
     def vruntime(self, entity: Entity) -> float:
         """Virtual time up to which it has been served."""

@@ -61,6 +61,7 @@ class Model:
     seats: list[Thread | None] = field(default_factory=list)
     draining: dict[int, int] = field(default_factory=dict)  # seat -> last quantum that may still name it
     to_close: list[int] = field(default_factory=list)  # vacated seats that the engine has not been told of
+    contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
     users: set[int] = field(default_factory=set)  # PIDs
     progress: float = 0.0
     wanted: bool = False  # by a `load`, not only by the process that needs it

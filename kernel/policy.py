@@ -45,9 +45,8 @@ class Account(Protocol):
 class Terms:
     """Sizes that claims are measured by, in service units."""
 
-    turn_units: float = 8.0  # the request that deadlines of turns are computed from
+    request_units: float = 128.0  # the largest single request: deadlines are computed from it
     seat_units: float = 1000.0  # likewise of seats, which change hands more slowly
-    request_units: float = 128.0  # the largest single request: a debt below it is no debt
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def _not_ahead(member: Account, virtual: float) -> bool:
 
 
 def _turn_deadline(member: Account, terms: Terms) -> Key:
-    return member.vruntime + terms.turn_units / member.weight, 0.0
+    return member.vruntime + terms.request_units / member.weight, 0.0
 
 
 def _seat_deadline(member: Account, terms: Terms) -> Key:

@@ -33,7 +33,7 @@ class Party:
         self.marks: dict[Thread, float] = {}  # of all its threads: the clock when it was paid its due
         self.prompts: OrderedDict[Thread, None] = OrderedDict()  # seated, oldest first
         self.waiting: OrderedDict[Thread, None] = OrderedDict()  # for a seat, oldest first
-        self._turns: FairQueue[Thread | None] = FairQueue()
+        self._turns: FairQueue[Thread | None] = FairQueue(terms=Terms(8.0))
         self._pool_lag = 0.0
 
     def __len__(self) -> int:
@@ -220,6 +220,10 @@ class RunQueue:
         due = claimant.clock - claimant.marks[thread]
         claimant.marks[thread] = claimant.clock
         return due
+
+    def standing(self, thread: Thread) -> float:
+        """Its claimant's weight over the average claimant's."""
+        return self._fair.weight_of(self._claimant(thread)) * len(self._fair) / self._fair.weight
 
     def lag(self, thread: Thread) -> float:
         """Service units that it, or its group, is owed."""

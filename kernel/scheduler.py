@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
         turn_s = config.quantum_s
-        self.models: FairQueue[Model] = FairQueue(terms=Terms(turn_s, turn_s, turn_s))
+        self.models: FairQueue[Model] = FairQueue(terms=Terms(turn_s, turn_s))
         self.flights: deque[Flight] = deque()  # planned and not yet ended, oldest first
 
     def wake(self, thread: Thread, model: Model) -> None:
@@ -85,11 +85,12 @@ class Scheduler:
         sequences = model.open_host().info.sequences
         seat_units = self.config.seat_slice_s / model.decode_s(sequences) * OUTPUT_UNITS
         request_units = self._chunk_tokens(model) * PROMPT_UNITS
-        model.queue.set_terms(Terms(seat_units=seat_units, request_units=request_units))
+        model.queue.set_terms(Terms(request_units, seat_units))
         self.refresh(model)
 
     def refresh(self, model: Model) -> None:
         """A model counts on the device while it is open and has runnable threads."""
+        model.contested = True
         wants = model.state is ModelState.LOADED and len(model.queue) > 0
         if wants and model in self.models:
             self.models.reweight(model, model.queue.weight)
@@ -116,6 +117,7 @@ class Scheduler:
         """A quantum is over."""
         self._refund(flight)
         self.flights.remove(flight)
+        flight.model.contested = True
         for thread, grant in flight.grants.items():
             thread.granted -= grant.tokens - grant.used_tokens
 
@@ -153,7 +155,9 @@ class Scheduler:
                 return
             pending = thread.pending
             if pending > 1:
-                tokens = min(pending, chunk_tokens)
+                # A light one's turn is short: a long one would put it far ahead in virtual time.
+                fair_tokens = int(chunk_tokens * min(1.0, queue.standing(thread)))
+                tokens = min(pending, max(config.prefill_chunk_min_tokens, fair_tokens))
                 units, cost_s = tokens * PROMPT_UNITS, tokens * prefill_s
             else:
                 tokens = decode_tokens

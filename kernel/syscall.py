@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from kernel.journal import Orphan
 
 __all__ = [
-    "Orphan",
     "EngineOptions",
     "Estimate",
     "ModelInfo",
+    "Orphan",
     "ProcessSpec",
     "Sampling",
     "Signal",
