@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import Prompt, Sampling
-from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNotFound
-from kernel.fairness import weight_of
+from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNotFound, UsageError
+from kernel.fairness import WEIGHTS, weight_of
 from kernel.monitor import Rate
 from kernel.stream import Stream
 
@@ -65,6 +65,30 @@ class ProcessSpec:
     group: str = ""  # the group whose weight it shares; "": its own, by nice
     context_tokens: int = 0  # asked of the model if this process makes it load; 0 = the driver's choice
     sink: str = ""  # where the shell sends the output; nothing to the kernel, comes back with `resume`
+
+
+def check_nice(nice: int) -> None:
+    """Raises UsageError."""
+    if not -20 <= nice < -20 + len(WEIGHTS):
+        raise UsageError(f"nice value {nice} is out of range", "-20 (most) to 19 (least)")
+
+
+def check_spec(spec: ProcessSpec) -> None:
+    """Raises UsageError."""
+    check_nice(spec.nice)
+    sampling = spec.sampling
+    if spec.program != "generate":
+        raise UsageError(f"no program {spec.program}")
+    if not spec.prompts or not all(prompt.strip() for prompt in spec.prompts):
+        raise UsageError("the prompt is empty", "give words, -f FILE, or standard input")
+    if not 0.0 <= sampling.temperature <= 100.0:
+        raise UsageError(f"temperature {sampling.temperature} is out of range", "0 (greedy) to 100")
+    if not (0.0 <= sampling.top_p <= 1.0 and 0.0 <= sampling.min_p <= 1.0 and sampling.top_k >= 0):
+        raise UsageError("top_p and min_p are between 0 and 1, top_k is 0 (off) or more")
+    if not (0 <= sampling.seed < 2**63) or spec.max_tokens < 0 or spec.context_tokens < 0:
+        raise UsageError("seed, max_tokens and ctx are 0 or more")
+    if sampling.repeat_penalty <= 0.0:
+        raise UsageError("repeat_penalty is above 0; 1 is off")
 
 
 def spec_from(values: dict[str, Any]) -> ProcessSpec:

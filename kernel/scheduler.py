@@ -137,10 +137,10 @@ class Scheduler:
                 flight.model.queue.charge(thread, -unused)
 
     def _chunk_tokens(self, model: Model) -> int:
-        """The largest request of a prompt: no longer than a quantum, where that is not absurdly small."""
+        """The largest request of a prompt: half a quantum, so that others' tokens fit into it too."""
         config = self.config
-        in_quantum = int(config.quantum_s / max(1e-9, model.open_host().info.prefill_token_s))
-        return min(config.prefill_chunk_tokens, max(config.prefill_chunk_min_tokens, in_quantum))
+        half_tokens = int(config.quantum_s / 2 / max(1e-9, model.open_host().info.prefill_token_s))
+        return min(config.prefill_chunk_tokens, max(config.prefill_chunk_min_tokens, half_tokens))
 
     def _fill(self, flight: Flight) -> None:
         """Grant one request after another to whoever has the best claim, until the time is used up."""

@@ -133,26 +133,26 @@ class Syscalls:
         Raises ProcessNotFound, NotPermitted, and LlmosError if the file cannot be written (nothing
         half-written is left behind).
         """
-        return self._kernel.save(pid, path)
+        return self._kernel.recovery.save(pid, path)
 
     def restore(self, path: Path) -> int:
         """Continue a checkpoint as a new process; returns its PID.
 
         Its output begins with what it had said. Raises CheckpointInvalid, ModelNotFound.
         """
-        return self._kernel.restore(path).pid
+        return self._kernel.recovery.restore(path).pid
 
     def orphans(self) -> "tuple[Orphan, ...]":
         """What ran when an earlier LLMOS on this home died, and has been neither resumed nor forgotten."""
-        return self._kernel.orphans()
+        return self._kernel.recovery.orphans()
 
     def resume(self, process: "Orphan") -> int:
         """Continue one of them as a new process; returns its PID. Raises as `restore`."""
-        return self._kernel.resume(process).pid
+        return self._kernel.recovery.resume(process).pid
 
     def forget_orphans(self) -> None:
         """Throw the journals of dead LLMOSes away."""
-        self._kernel.forget_orphans()
+        self._kernel.recovery.forget_orphans()
 
     # Models
 
@@ -164,14 +164,14 @@ class Syscalls:
         kernel = self._kernel
         if options == EngineOptions():
             options = kernel.parts.options
-        record = kernel.want(kernel.catalog.resolve(model), options, explicit=True)
+        record = kernel.residency.want(kernel.catalog.resolve(model), options, explicit=True)
         with self._table.lock:
             return record.view()
 
     def wait_load(self, model: str, timeout_s: float | None = None) -> ModelView | None:
         """Block until a load ended; None when the time is up. Raises what made the load fail."""
         with self._table.lock:
-            record = self._kernel.model_record(model)
+            record = self._kernel.residency.record(model)
             if not self._table.changed.wait_for(lambda: record.state is not ModelState.LOADING, timeout_s):
                 return None
             if record.error is not None:
@@ -181,14 +181,14 @@ class Syscalls:
     def cancel_load(self, model: str) -> None:
         """Stop a load that is going on. Raises ModelNotFound."""
         with self._table.lock:
-            self._kernel.model_record(model).cancelled = True
+            self._kernel.residency.record(model).cancelled = True
 
     def unload(self, model: str) -> int:
         """Close a model and free its memory; returns the bytes freed.
 
         Raises ModelNotFound, NotPermitted (not loaded, or processes use it: they are named).
         """
-        return self._kernel.unload(model)
+        return self._kernel.residency.unload(model)
 
     def models(self) -> tuple[ModelView, ...]:
         """Every model that can be named, loaded or not."""
@@ -202,7 +202,7 @@ class Syscalls:
         """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
         kernel = self._kernel
         entry = kernel.catalog.resolve(model)
-        driver = kernel.driver(entry.path)
+        driver = kernel.residency.driver(entry.path)
         info = driver.inspect(entry.path)
         return info, driver.estimate(info, kernel.parts.options)
 

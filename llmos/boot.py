@@ -14,6 +14,7 @@ from kernel.device import Driver, EngineOptions
 from kernel.kernel import Kernel, Parts
 from kernel.syscall import Syscalls
 from llmos.config import Config, load_config
+from llmos.foreign import foreign_sources
 from llmos.hooks import add_plugins
 from llmos.paths import Paths, find_paths, writable
 from llmos.store import Store
@@ -39,11 +40,13 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any native import: see drivers.llamacpp
     paths = find_paths()
     config = load_config(paths.config_file, flags)
+    foreign = foreign_sources(os.environ)
+    store = Store(paths, config.models, foreign, warn=lambda text: kernel.log("warn", "store", text))
     kernel = Kernel(
         Parts(
             clock=RealClock(),
             drivers=_drivers(config),
-            catalog=Store(paths, config.models),
+            catalog=store,
             key=_key(paths),
             options=EngineOptions(config.context_tokens, config.sequences, config.threads),
             ram_available=_ram_available,
@@ -51,7 +54,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
         )
     )
     system = Syscalls(kernel)
-    registry = builtin_registry()
+    registry = builtin_registry(store)
     if plugins:
         add_plugins(registry, paths.plugins, os.environ)
     shell = Shell(system, registry, arguments=arguments, open_monitor=lambda: _monitor(system))
@@ -61,7 +64,8 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
 def _drivers(config: Config) -> dict[str, Driver]:
     from drivers.llamacpp.driver import LlamaCppDriver
 
-    return {".gguf": LlamaCppDriver(config.isolation)}
+    llama_cpp = LlamaCppDriver(config.isolation)
+    return {".gguf": llama_cpp, "": llama_cpp}  # other programs keep GGUF under names without a suffix
 
 
 def _key(paths: Paths) -> bytes:

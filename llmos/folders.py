@@ -41,13 +41,20 @@ class Look:
 
     warnings: list[str] = field(default_factory=list)
     entries_left: int = MAX_ENTRIES
+    _seen: dict[Path, list[os.DirEntry[str]]] = field(default_factory=dict)
+
+    def renew(self) -> None:
+        """Another source: it may take as many names."""
+        self.entries_left = MAX_ENTRIES
 
     def entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        """What is in a folder and has a name fit to type and show, in order of the names; hidden ones are not.
+        """What is in a folder under a name fit to type and show, in order; hidden files are not.
 
-        Raises FileNotFoundError. A folder that cannot be read is empty, and warned of.
+        Raises FileNotFoundError. A folder that cannot be read is empty, and warned of, once.
         """
-        found: list[os.DirEntry[str]] = []
+        if folder in self._seen:
+            return self._seen[folder]
+        found = self._seen[folder] = []
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -56,11 +63,13 @@ class Look:
                     if entry.name.isprintable() and not entry.name.startswith("."):
                         found.append(entry)
         except FileNotFoundError:
+            del self._seen[folder]
             raise
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the folder's name
             reason = getattr(error, "strerror", None) or error
             self.warnings.append(f"{folder}: cannot look for models: {reason}")
-        return sorted(found, key=lambda entry: entry.name)
+        found.sort(key=lambda entry: entry.name)
+        return found
 
     def _may_read(self, folder: Path) -> bool:
         if self.entries_left == 0:
@@ -76,7 +85,7 @@ class Look:
             return []
 
     def files(self, folder: Path, endings: tuple[str, ...]) -> dict[str, int]:
-        """Regular files (or links to some) in a folder by name, with their bytes. Raises FileNotFoundError."""
+        """Regular files (or links to some) by name, with their bytes. Raises FileNotFoundError."""
         found = {}
         for entry in self.entries(folder):
             if entry.name.endswith(endings) and (size := self._size(entry)) is not None:
@@ -86,14 +95,14 @@ class Look:
     def _size(self, entry: os.DirEntry[str]) -> int | None:
         """Bytes of a regular file; None for anything else. A link may lead anywhere."""
         try:
-            return entry.stat().st_size if entry.is_file() else self._dangling(entry)
+            if entry.is_file():
+                return entry.stat().st_size
+            reason = "the link leads nowhere" if _is_dangling(entry) else None
         except OSError as error:  # a loop of links, or a locked folder behind one
-            self.warnings.append(f"{entry.path}: skipped: {error.strerror}")
-            return None
-
-    def _dangling(self, entry: os.DirEntry[str]) -> None:
-        if entry.is_symlink() and not Path(entry.path).exists():
-            self.warnings.append(f"{entry.path}: skipped: the link leads nowhere")
+            reason = error.strerror
+        if reason:
+            self.warnings.append(f"{entry.path}: skipped: {reason}")
+        return None
 
     def models(self, folder: Path, origin: str, *, deep: int = 0, prefix: str = "") -> Iterator[StoredModel]:
         """The GGUF models in a folder and in `deep` levels of folders below. Raises FileNotFoundError."""
@@ -146,6 +155,10 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
     for name in sorted(names):
         groups.setdefault(stem(name), []).append(name)
     return {key: [key + SUFFIX] if key + SUFFIX in files else files for key, files in groups.items()}
+
+
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not Path(entry.path).exists()
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

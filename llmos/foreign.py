@@ -129,16 +129,11 @@ def _ollama_model(look: Look, blobs: Path, manifest: Path, name: str) -> StoredM
 
 
 def _weights_digest(manifest: Path) -> str | None:
-    try:
-        with manifest.open("rb", opener=_open_nonblocking) as file:
+    try:  # not blocking: what was a file when we looked may be a pipe by now
+        with os.fdopen(os.open(manifest, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             content = json.loads(file.read(MAX_MANIFEST_BYTES))
         layers = [layer for layer in content["layers"] if layer["mediaType"].endswith("ollama.image.model")]
         match = _DIGEST.fullmatch(layers[0]["digest"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return match[1] if match else None
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    """What was a file when we looked may be a pipe by now."""
-    return os.open(path, flags | os.O_NONBLOCK)

@@ -143,6 +143,7 @@ class Hub:
         self, endpoint: str = "", *, stall_s: float = 20.0, attempts: int = 4, backoff_s: float = 1.0
     ) -> None:
         self.endpoint = (endpoint or DEFAULT_ENDPOINT).rstrip("/")
+        self._host = urlsplit(self.endpoint).netloc or self.endpoint
         self.stall_s = stall_s
         self.attempts = attempts
         self.backoff_s = backoff_s
@@ -194,11 +195,11 @@ class Hub:
         from httpx2 import HTTPError, TimeoutException
         from huggingface_hub.errors import HfHubHTTPError
 
-        host = urlsplit(self.endpoint).netloc or self.endpoint
+        host = self._host
         try:
             yield
         except HfHubHTTPError as error:
-            raise self._refusal(repository, host, error.response) from None
+            raise self.refusal(repository, error.response) from None
         except TimeoutException:
             raise _Passing(TimedOut(f"{host} sent nothing for {self.stall_s:g} s", _AGAIN)) from None
         except (HTTPError, ConnectionError) as error:
@@ -207,8 +208,9 @@ class Hub:
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise PullFailed(f"{host} sent an answer that makes no sense", _detail(error)) from None
 
-    def _refusal(self, repository: str, host: str, response: Response) -> Exception:
-        code = response.status_code
+    def refusal(self, repository: str, response: Response) -> Exception:
+        """What an answer that is none means: LlmosError, or _Passing."""
+        host, code = self._host, response.status_code
         said = response.headers.get("X-Error-Code", "")
         if code in _RETRIED:
             return _Passing(PullFailed(f"{host} answered {code} {response.reason_phrase}", _AGAIN))
@@ -222,7 +224,7 @@ class Hub:
         return PullFailed(f"{host} answered {code} {response.reason_phrase}")
 
 
-_AGAIN = "the same `pull` again goes on where this one ended"
+_AGAIN = "try again: a `pull` goes on where it ended"
 
 
 class _Passing(Exception):
@@ -272,7 +274,7 @@ class _Transfer:
     def receive(self) -> None:
         """One request. Returns with the file complete, raises _Passing for a body that was cut."""
         from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(
             self._repository.name,
@@ -284,9 +286,10 @@ class _Transfer:
         if self.done_bytes:
             headers["Range"] = f"bytes={self.done_bytes}-"
         with get_session().stream("GET", url, headers=headers, timeout=self._hub.stall_s) as response:
-            hf_raise_for_status(response)
+            if response.is_error:
+                raise self._hub.refusal(self._repository.name, response)
             self._position(response)
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            for chunk in response.iter_raw():
                 self._write(chunk)
         if not self.complete:
             raise _Passing(PullFailed(f"the hub cut {self._file.path} short", _AGAIN))
@@ -344,10 +347,10 @@ def _repository(name: str, commit: object, siblings: object) -> Repository:
 
 
 def _quieten() -> None:
-    """What the library logs, errors say; its Xet client is not used."""
+    """What the library logs, our errors say."""
     from huggingface_hub import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def _detail(error: Exception) -> str:

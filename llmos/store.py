@@ -1,31 +1,28 @@
 """Models on disk, by name: LLMOS's own folder, the folders of LLMOS_MODELS, other programs' stores, and the
 model that LLMOS brings along; first come, first named.
 
-Looking through them costs a `stat` per file; headers are read by the driver, when a model is loaded. Only
-the own folder is ever written to, under names without folders in them, and no link in it is followed then.
-A file gets its name when it is whole: until then it lies in `.incoming`, where a pull goes on later.
+Looking through them costs a `stat` per file; headers are read by the driver, when a model is loaded.
 
-Owner: boot makes one `Store`; it holds no state but its folders. Not here: what folders look like (folders,
-foreign), how bytes arrive (hub), what is in a file (drivers).
+Owner: boot makes one `Store`; it holds no state but its folders, and what it has warned of. Not here: what
+folders look like (folders, foreign), how the own one is written to (shelf), how bytes arrive (hub), what is
+in a file (drivers).
 """
 
-import errno
-import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from kernel.errors import AdmissionRefused, LlmosError, ModelInvalid, ModelNotFound, NotPermitted, UsageError
-from kernel.memory import human_bytes
+from kernel.errors import ModelInvalid, ModelNotFound, NotPermitted, UsageError
 from llmos.folders import SUFFIX, Look, StoredModel, part_names, stem
-from llmos.foreign import Source
+from llmos.foreign import OLLAMA, Source
 from llmos.hub import Hub, HubFile, Progress, choose, parse_source
-from llmos.paths import Paths, expand, writable
+from llmos.paths import Paths, expand
+from llmos.shelf import Shelf, checked_name
 
 NANO = (
     "built in, 1.1 M parameters: turns a plain English request into one LLMOS command line "
@@ -33,12 +30,10 @@ NANO = (
 )
 OWN = "LLMOS's own folder"
 NEEDS_TORCH = "safetensors: LLMOS has no engine for them yet"
-SPARE_BYTES = 64 << 20  # disk that a pull or a copy leaves to others
-MAX_NAME_BYTES = 200
 MAX_METADATA = 300  # characters of a line of it
 _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 _DESCRIPTIONS = {_BUILTIN_FOLDER / "nano.gguf": NANO}
-_INCOMING = ".incoming"
+_COPY_BYTES = 1 << 20
 _METADATA = {
     "title": "general.name",
     "author": "general.author",
@@ -80,17 +75,25 @@ class Store:
         extra_folders: Iterable[Path] = (),
         foreign: Iterable[Source] = (),
         hub: Hub | None = None,
+        warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        self._own_folder = paths.models
+        self._shelf = Shelf(paths.models)
         self._extra_folders = tuple(extra_folders)
         self._foreign = tuple(foreign)
         self._hub = hub or Hub(os.environ.get("HF_ENDPOINT", ""))
+        self._warn = warn
+        self._warned: set[str] = set()
 
     # Finding
 
     def list(self) -> tuple[StoredModel, ...]:
-        """Every model that has a name, in order of the names."""
-        return self.scan().models
+        """Every model that has a name, in order of the names. Warnings are passed on once each."""
+        scan = self.scan()
+        for text in scan.warnings:
+            if text not in self._warned:
+                self._warned.add(text)
+                self._warn(text)
+        return scan.models
 
     def scan(self) -> Scan:
         """Look through the folders. A name found twice means the first; a foreign one has a long name too."""
@@ -103,7 +106,7 @@ class Store:
         return Scan(tuple(found[name] for name in sorted(found)), tuple(look.warnings))
 
     def _all(self, look: Look) -> Iterator[StoredModel]:
-        yield from self._in(look, self._own_folder, OWN)
+        yield from self._in(look, self._shelf.folder, OWN)
         for folder in self._extra_folders:
             yield from self._in(look, folder, str(folder))
         yield from self._in(look, _BUILTIN_FOLDER, "LLMOS itself")
@@ -119,12 +122,13 @@ class Store:
             for model in look.models(folder, origin):
                 yield replace(model, description=_DESCRIPTIONS.get(model.path, ""))
         except FileNotFoundError:
-            if folder != self._own_folder:  # ours is made when it is first needed
+            if folder != self._shelf.folder:  # ours is made when it is first needed
                 look.warnings.append(f"{folder}: no such folder of models")
             return
         for below in look.folders(folder):
-            if model := look.safetensors(below, below.name, origin):
-                yield replace(model, description=_described(model))
+            found = look.safetensors(below, below.name, origin)
+            if found is not None:
+                yield replace(found, description=_described(found))
 
     def resolve(self, name: str) -> StoredModel:
         """The model that a person means by a name, the beginning of one, or a path, to be opened.
@@ -193,19 +197,20 @@ class Store:
     def owned(self, name: str) -> StoredModel:
         """The model of the own folder that has exactly this name. Raises NotPermitted, ModelNotFound."""
         models = {model.name: model for model in self.list()}
-        model = models.get(name) or self._broken_link(name)
+        model = models.get(name) or self._leftover(name)
         if model is None:
             raise ModelNotFound(f"no model has exactly the name {name!r}", _hint(name, models))
         if model.origin != OWN:
-            hint = "`ollama rm` removes it" if model.origin == "Ollama" else f"it is {model.path}"
-            raise NotPermitted(f"{name} lies in {model.origin}, which LLMOS only reads", hint)
+            hint = f"`ollama rm {name}` removes it" if model.origin == OLLAMA else f"it is {model.path}"
+            raise NotPermitted(f"{name} is not in LLMOS's own folder, and LLMOS only reads it", hint)
         return model
 
-    def _broken_link(self, name: str) -> StoredModel | None:
-        path = self._own_folder / (name + SUFFIX)
-        if _is_plain(name) and path.is_symlink():
-            return StoredModel(name, path, "", OWN, parts=(path,))
-        return None
+    def _leftover(self, name: str) -> StoredModel | None:
+        """What is no model any more but has the name of one: a link to nowhere, a part alone."""
+        parts = [path for path in sorted(self._shelf.folder.glob("*" + SUFFIX)) if stem(path.name) == name]
+        if not parts:
+            return None
+        return StoredModel(name, parts[0], "", OWN, parts=tuple(parts))
 
     def remove(self, name: str) -> int:
         """Delete a model of the own folder; returns the bytes freed. A link goes, what it leads to stays.
@@ -213,123 +218,87 @@ class Store:
         Raises as `owned`, and LlmosError if the file system refuses.
         """
         model = self.owned(name)
-        paths = [model.path] if model.format == "safetensors" else model.parts
-        with _told(f"cannot remove {name}"):
-            return sum(_remove(path) for path in paths)
+        return self._shelf.remove([model.path] if model.format == "safetensors" else list(model.parts))
 
-    def copy(self, source: str, name: str) -> StoredModel:
+    def copy(self, source: str, name: str) -> str:
         """Keep a model in the own folder under a name: by a hard link where that can be, else by its bytes.
 
         Raises UsageError (a name that is none), NotPermitted (it is taken), AdmissionRefused (no room on
         the disk), ModelInvalid, ModelNotFound.
         """
-        from drivers.llamacpp import header
+        from drivers.llamacpp import header  # deferred, as in `facts`
 
-        model, name = self.resolve(source), _checked_name(name)
+        model, name = self.resolve(source), checked_name(name)
         header.read(model.path)
-        targets = [self._free(part_name) for part_name in _renamed_parts(model, name)]
+        targets = [self._shelf.place(file) for file in _renamed(len(model.parts), name)]
         for part, target in reversed(list(zip(model.parts, targets, strict=True))):  # the first names it
-            with _told(f"cannot copy {model.name}"):
-                self._bring(part, target)
-        return self.owned(name)
+            self._bring(part, target)
+        return name
 
     def _bring(self, part: Path, target: Path) -> None:
-        part = part.resolve(strict=True)
-        try:
-            target.hardlink_to(part)
-        except FileExistsError:
-            raise NotPermitted(f"{target.name} has just been made by someone else") from None
-        except OSError:  # another disk, another owner, a file system without hard links
-            with self._incoming(f"cp-{target.name}", part.stat().st_size, keep=False) as partial:
-                partial.truncate()
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, partial, 1 << 20)
-                self._publish(partial, target)
+        with _readable(part) as file:
+            if self._shelf.link(Path(os.path.realpath(part)), target):
+                return
 
-    def pull(self, source: str, progress: Progress) -> StoredModel:
-        """Fetch `hf:ORG/REPO[:FILE|:QUANT]` into the own folder.
+            def write(partial: BinaryIO) -> None:
+                partial.truncate(0)
+                shutil.copyfileobj(file, partial, _COPY_BYTES)
 
-        Raises what `Hub` raises, and as `copy`. Partial files stay for the next time.
+            self._shelf.fill(target, f"cp-{target.name}", os.fstat(file.fileno()).st_size, write, keep=False)
+
+    def pull(self, source: str, progress: Progress) -> str:
+        """Fetch `hf:ORG/REPO[:FILE|:QUANT]` into the own folder; returns its name there.
+
+        Raises what `Hub` raises, and as `copy`. What was received stays for the next time.
         """
         repository_name, choice = parse_source(source)
         repository = self._hub.repository(repository_name)
         files = choose(repository, choice)
-        targets = [(file, self._target(file)) for file in files]
-        for file, target in reversed(targets):  # the first part names the model, so it comes last
-            if target is not None:
-                with (
-                    _told(f"cannot keep {file.path}"),
-                    self._incoming(f"{file.digest}.part", file.size_bytes) as partial,
-                ):
-                    self._hub.fetch(repository, file, partial, progress)
-                    self._publish(partial, target)
-        return self.owned(stem(Path(files[0].path).name))
+        missing = [(file, target) for file in files if (target := self._target(file)) is not None]
+        for file, target in reversed(missing):  # the first part names the model, so it comes last
+
+            def write(partial: BinaryIO, file: HubFile = file) -> None:
+                self._hub.fetch(repository, file, partial, progress)
+
+            self._shelf.fill(target, f"{file.digest}.part", file.size_bytes, write, keep=True)
+        return stem(Path(files[0].path).name)
 
     def _target(self, file: HubFile) -> Path | None:
-        """Where a file of the hub goes; None if it is there already. Raises NotPermitted."""
+        """Where a file of the hub goes; None if it is there already. Raises NotPermitted, UsageError."""
         name = Path(file.path).name
-        _checked_name(name.removesuffix(SUFFIX))
-        path = self._own_folder / name
+        checked_name(name)
+        path = self._shelf.folder / name
         if path.is_file() and path.stat().st_size == file.size_bytes:
             digest = file.hasher()
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
+            with _readable(path) as stream:
+                while chunk := stream.read(_COPY_BYTES):
                     digest.update(chunk)
             if digest.hexdigest() == file.digest:
                 return None
-        return self._free(name)
+        return self._shelf.place(name)
 
-    def _free(self, file_name: str) -> Path:
-        """A path in the own folder, which is made if need be, that nothing has. Raises NotPermitted."""
-        if writable(self._own_folder) is None:
-            raise NotPermitted(f"{self._own_folder} cannot be written to", "LLMOS_HOME names another place")
-        path = self._own_folder / file_name
-        if os.path.lexists(path):
-            name = stem(file_name)
-            raise NotPermitted(f"there is another {name} already", f"`rm {name}` first")
-        return path
 
-    @contextmanager
-    def _incoming(self, name: str, size_bytes: int, *, keep: bool = True) -> Iterator[BinaryIO]:
-        """A file to fill, which nobody else fills now, with room on the disk for `size_bytes`.
+def _renamed(parts: int, name: str) -> list[str]:
+    return part_names(f"{name}-00001-of-{parts:05}{SUFFIX}" if parts > 1 else name + SUFFIX)
 
-        It stays for another time if `keep`, and if it was not published.
-        """
-        folder = self._own_folder / _INCOMING
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.is_symlink():
-            raise NotPermitted(f"{folder} is a link, and LLMOS writes through none")
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        path = folder / name
-        with os.fdopen(os.open(path, flags, 0o644), "r+b") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise NotPermitted("another LLMOS fetches this very file now") from None
-            self._make_sure_of(size_bytes - os.fstat(stream.fileno()).st_size)
-            try:
-                yield stream
-            finally:
-                if not keep or not os.fstat(stream.fileno()).st_size:
-                    path.unlink(missing_ok=True)
 
-    def _make_sure_of(self, size_bytes: int) -> None:
-        short = size_bytes + SPARE_BYTES - shutil.disk_usage(self._own_folder).free
-        if size_bytes > 0 and short > 0:
-            raise AdmissionRefused(
-                f"the disk of {self._own_folder} lacks {human_bytes(short)} of the {human_bytes(size_bytes)}",
-                "`rm` models you do not need, or set LLMOS_HOME to a folder on another disk",
-            )
+@contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise ModelInvalid(f"{path}: {error.strerror}") from error
 
-    def _publish(self, partial: BinaryIO, target: Path) -> None:
-        """Give a whole file its name, unless something has it by now."""
-        partial.flush()
-        os.fsync(partial.fileno())
-        source = Path(str(partial.name))
-        try:
-            target.hardlink_to(source)
-        except FileExistsError:
-            raise NotPermitted(f"{target.name} has just been made by someone else") from None
-        except OSError:  # a file system without hard links
-            source.rename(target)
-        source.unlink(missing_ok=True)
+
+def _described(model: StoredModel) -> str:
+    place = f"{model.origin}: {model.long_name.rpartition('/')[0] or model.name}"
+    return f"{NEEDS_TORCH} ({place})" if model.format == "safetensors" else place
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    import difflib  # deferred: only a mistake needs it
+
+    folded = {candidate.casefold(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f"did you mean {folded[near[0]]}?" if near else "`models` lists what there is"

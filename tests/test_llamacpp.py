@@ -131,7 +131,7 @@ def test_engine_draws_what_a_plain_loop_draws(folder: Path) -> None:
 
 
 def test_quota_bounds_what_is_computed(random: LlamaEngine) -> None:
-    random.open(0, numbers(50), GREEDY)
+    random.open(0, numbers(50, salt=101), GREEDY)
     random.open(1, numbers(3), GREEDY)
     quota = {0: 20, 1: 5}
     told = []
@@ -182,17 +182,15 @@ def test_dump_and_restore_continue_token_for_token(folder: Path, random: LlamaEn
 
 
 def test_dump_within_the_prompt(random: LlamaEngine) -> None:
-    prompt = numbers(60, max_tokens=8)
-    whole = solo(random, prompt)
-    random.open(0, prompt, GREEDY)
-    assert random.step({0: 33}) is not None
-    kv = random.dump(0)
-    assert random.restore(1, Prompt(tokens=prompt.tokens, max_tokens=8), GREEDY, kv).shared_tokens == 33
-    assert run(random, 1)[1] == whole
-    random.open(0, prompt, GREEDY)
-    empty = random.dump(0)
-    random.restore(1, Prompt(tokens=prompt.tokens, max_tokens=8), GREEDY, empty)
-    assert run(random, 1)[1] == whole
+    for computed in (33, 0):
+        prompt = numbers(60, salt=102 + computed, max_tokens=8)
+        random.open(0, prompt, GREEDY)
+        if computed:
+            assert random.step({0: computed}) is not None
+        kv = random.dump(0)
+        random.close(0)
+        assert random.restore(1, prompt, GREEDY, kv).shared_tokens == computed
+        assert run(random, 1)[1] == solo(random, prompt)
 
 
 def test_restore_refuses_what_does_not_belong(nano: LlamaEngine, random: LlamaEngine) -> None:
@@ -476,16 +474,24 @@ def test_wrong_arguments_change_nothing(random: LlamaEngine, name: str) -> None:
     assert tokens + run(random, 0)[0][0] == whole[0]
 
 
-def test_seats_are_reused_lowest_first(random: LlamaEngine) -> None:
+def seats_of(engine: LlamaEngine) -> list[int]:
+    return sorted(sequence.seat for sequence in engine._sequences.values())
+
+
+def test_seats_in_use_follow_one_another(random: LlamaEngine) -> None:
+    for salt in range(8):  # whatever was kept where
+        solo(random, numbers(30, salt), seq=salt)
     for seq in (7, 2, 5):
         random.open(seq, numbers(3), GREEDY)
-    assert [random._sequences[seq].seat for seq in (7, 2, 5)] == [0, 1, 2]
-    random.close(2)
+    low, middle, high = seats_of(random)
+    assert (middle, high) == (low + 1, low + 2)
+    closed = next(seq for seq, sequence in random._sequences.items() if sequence.seat == middle)
+    random.close(closed)
     random.open(6, numbers(3), GREEDY)
-    assert random._sequences[6].seat == 1
+    assert random._sequences[6].seat == middle
     for round_ in range(30):
         random.open(round_ % 8, numbers(3), WARM)
-    assert sorted(sequence.seat for sequence in random._sequences.values()) == list(range(8))
+    assert seats_of(random) == list(range(8))
 
 
 def test_info_is_measured_and_the_estimate_is_near() -> None:

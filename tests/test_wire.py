@@ -86,7 +86,9 @@ events = every_field(
 
 def comparable(event: StepEvent) -> tuple[object, ...]:
     """Errors are equal only to themselves, so they are compared by what they say."""
-    said = [step.error and (type(step.error), step.error.message, step.error.hint) for step in event.sequences]
+    said = [
+        step.error and (type(step.error), step.error.message, step.error.hint) for step in event.sequences
+    ]
     bare = tuple(dataclasses.replace(step, error=None) for step in event.sequences)
     return dataclasses.replace(event, sequences=bare), said
 

@@ -314,7 +314,7 @@ class Strange(SimEngine):
     def dump(self, seq):
         print("last", "words", flush=True)
         os.abort()
-    def fork(self, source, target):
+    def fork(self, source, target, sampling=None):
         raise ZeroDivisionError("by\\nzero")
     def step(self, quota):
         raise RuntimeError("decode said -3")

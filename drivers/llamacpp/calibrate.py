@@ -27,11 +27,17 @@ class _Probe:
     computed: int = 0
 
 
-def measure(slab: Slab) -> tuple[Mapping[int, float], float]:
-    """(seconds of one decode step by number of sequences, seconds per prompt token). Leaves the slab empty.
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Measured seconds."""
 
-    Raises Interrupted if the abort flag is set meanwhile.
-    """
+    step_s: Mapping[int, float]  # of one decode step, by number of sequences
+    prefill_token_s: float  # per prompt token in a chunk
+    copy_token_s: float  # per token of KV, from one seat to another
+
+
+def measure(slab: Slab) -> Costs:
+    """Leaves the slab empty. Raises Interrupted if the abort flag is set meanwhile."""
     _pass_s(slab, 1, 1)  # reads the weights from disk; not counted
     deadline_s = time.perf_counter() + BUDGET_S
     step_cost_s: dict[int, float] = {}
@@ -41,8 +47,9 @@ def measure(slab: Slab) -> tuple[Mapping[int, float], float]:
         step_cost_s[count] = _least_s(slab, count, 1, deadline_s)
     chunk = min(slab.capacity_tokens, slab.window_tokens - 1, max(8, int(2 * PREFILL_S / step_cost_s[1])))
     prefill_s = _least_s(slab, 1, chunk, deadline_s)
+    copy_s = min(_copy_s(slab, chunk) for _ in range(MOST_REPEATS))
     slab.clear()
-    return step_cost_s, prefill_s / chunk
+    return Costs(step_cost_s, prefill_s / chunk, copy_s / chunk)
 
 
 def _counts(seats: int) -> Iterator[int]:
@@ -62,6 +69,13 @@ def _least_s(slab: Slab, sequences: int, tokens: int, deadline_s: float) -> floa
             break
         least_s = min(least_s, _pass_s(slab, sequences, tokens))
     return least_s
+
+
+def _copy_s(slab: Slab, tokens: int) -> float:
+    """Of what the last pass left on the first seat, to the last one."""
+    begin_s = time.perf_counter()
+    slab.write(slab.seats - 1, slab.read(0), tokens)
+    return time.perf_counter() - begin_s
 
 
 def _pass_s(slab: Slab, sequences: int, tokens: int) -> float:

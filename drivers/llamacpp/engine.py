@@ -6,19 +6,21 @@ Not here: time sharing (the kernel), which tokens go into a pass (planner.py), t
 """
 
 import ctypes
-import re
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from drivers.llamacpp import header, kvstate, layout, native
+from drivers.llamacpp.buffers import Buffers, admit
 from drivers.llamacpp.calibrate import measure
-from drivers.llamacpp.planner import Plan, plan
+from drivers.llamacpp.invariance import is_invariant
+from drivers.llamacpp.planner import Plan, Planner
 from drivers.llamacpp.prompts import Prompts
 from drivers.llamacpp.sampler import Sampler
+from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.weights import Weights, fingerprint
@@ -34,10 +36,7 @@ from kernel.device import (
     SequenceStep,
     StepEvent,
 )
-from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, UsageError
-
-MIB: Final = 1 << 20
-_BUFFER = re.compile(r"(KV|RS|compute|output|_REPACK model)\s+buffer size\s*=\s*([0-9.]+) MiB")
+from kernel.errors import CheckpointInvalid, KernelFault, UsageError
 
 
 def open_engine(
@@ -64,14 +63,14 @@ def _open(
 ) -> "LlamaEngine":
     head = header.read(Path(path))
     decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
-    _admit(layout.estimate(head, decided).total_bytes)
-    buffers = _Buffers()
+    admit(layout.estimate(head, decided).total_bytes)
+    buffers = Buffers()
     native.start(log, buffers.hear)
     weights = Weights(path, on_gpu, progress)
     slab: Slab | None = None
     try:
         slab = Slab(weights, decided, _flag(abort_flag))
-        step_cost_s, prefill_token_s = measure(slab)
+        costs = measure(slab)
     except BaseException:
         if slab:
             slab.free()
@@ -84,20 +83,13 @@ def _open(
         kv_bytes_per_token=buffers.kv_bytes // (slab.window_tokens * slab.seats),
         kv_bytes=buffers.kv_bytes,
         compute_bytes=buffers.compute_bytes,
-        step_cost_s=step_cost_s,
-        prefill_token_s=prefill_token_s,
+        step_cost_s=costs.step_s,
+        prefill_token_s=costs.prefill_token_s,
     )
-    return LlamaEngine(weights, slab, info, fingerprint(head))
-
-
-def _admit(need_bytes: int) -> None:
-    """Running out of memory in native code kills the process, so it is refused here."""
-    free_bytes = layout.free_ram_bytes()
-    if need_bytes > free_bytes:
-        raise AdmissionRefused(
-            f"needs {need_bytes // MIB} MiB of RAM; {free_bytes // MIB} MiB are free",
-            "ask for fewer sequences or a smaller context",
-        )
+    seating = Seating(slab, costs, weights.can_roll_back)
+    exact_alone = on_gpu or not weights.can_roll_back or not is_invariant(head)
+    planner = Planner(slab.capacity_tokens, exact_alone)
+    return LlamaEngine(weights, slab, info, seating, planner, fingerprint(head))
 
 
 def _flag(abort_flag: Any) -> Any:
@@ -108,39 +100,28 @@ def _flag(abort_flag: Any) -> Any:
     return abort_flag
 
 
-class _Buffers:
-    """Adds up what llama.cpp says it allocates; its C interface has no other way to ask."""
-
-    def __init__(self) -> None:
-        self.kv_bytes = 0
-        self.repacked_bytes = 0
-        self.compute_bytes = 0
-
-    def hear(self, _level: str, line: str) -> None:
-        for kind, size in _BUFFER.findall(line):
-            size_bytes = round(float(size) * MIB)
-            if kind in ("KV", "RS"):
-                self.kv_bytes += size_bytes
-            elif kind == "_REPACK model":
-                self.repacked_bytes += size_bytes  # a second copy of some weights, in a faster order
-            else:
-                self.compute_bytes += size_bytes
-
-
 class LlamaEngine:
     """Fills `kernel.device.Engine`."""
 
-    def __init__(self, weights: Weights, slab: Slab, info: EngineInfo, model: bytes) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        slab: Slab,
+        info: EngineInfo,
+        seating: Seating,
+        planner: Planner,
+        model: bytes,
+    ) -> None:
         self.info = info
         self._weights = weights
         self._slab = slab
+        self._seating = seating
+        self._planner = planner
         self._model = model
         self._prompts = Prompts(weights, info.context_tokens)
         self._ends = np.array(sorted(weights.ends), np.intp)
         self._sequences: dict[int, Sequence] = {}
-        self._by_seat: list[Sequence] = []  # the same, in the order of their seats
         self._queue = PromptQueue()
-        self._prompts_next = True  # passes over prompts and decoding passes alternate
         self._closed = False
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
@@ -151,8 +132,8 @@ class LlamaEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
         tokens, answer_at = self._prompts.first(prompt)
-        self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
-        return Opened(tuple(tokens))
+        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=not sampling.exact)
+        return Opened(tuple(tokens), sequence.computed)
 
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
         self._check(seq)
@@ -172,7 +153,7 @@ class LlamaEngine:
             raise UsageError(f"sequence {source} cannot be forked onto itself")
         sampler = Sampler(sampling or original.sampling)
         self.close(target)
-        twin = original.copy(target, self._slab.take(), sampling or original.sampling, sampler)
+        twin = original.copy(target, self._seating.take((), 0)[0], sampling or original.sampling, sampler)
         self._enter(twin)
         if twin.computed and not self._slab.write(twin.seat, self._slab.read(original.seat), twin.computed):
             self.close(target)
@@ -186,7 +167,7 @@ class LlamaEngine:
         self._check(seq)
         tokens, answer_at = self._prompts.replayed(prompt)
         computed, state = kvstate.unpack(self._model, tokens, kv)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling)
+        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=False)
         self._queue.drop(seq)
         if computed and not self._slab.write(sequence.seat, state, computed):
             self.close(seq)
@@ -203,9 +184,8 @@ class LlamaEngine:
     def _end(self, seq: int) -> None:
         sequence = self._sequences.pop(seq, None)
         if sequence:
-            self._by_seat.remove(sequence)
             sequence.sampler.free()
-            self._slab.vacate(sequence.seat)
+            self._seating.leave(sequence)
 
     def shutdown(self) -> None:
         for seq in list(self._sequences):
@@ -217,9 +197,8 @@ class LlamaEngine:
     def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
         begin_s = time.perf_counter()
         told = self._queue.take_up(quota_tokens, self._is_over, self._open) + self._told(quota_tokens)
-        chosen = plan(self._by_seat, quota_tokens, self._slab.capacity_tokens, self._prompts_next)
+        chosen = self._planner.plan(self._seating.by_seat, quota_tokens)
         if chosen:
-            self._prompts_next = chosen[0][1] == 1
             rows = self._slab.compute(chosen)
             told += self._aborted(chosen) if rows is None else self._drawn(chosen, rows)
             for done in told:
@@ -236,7 +215,7 @@ class LlamaEngine:
     def _told(self, quota_tokens: MutableMapping[int, int]) -> list[SequenceStep]:
         """Ends that no step has told yet: histories that were complete when they were opened."""
         told: list[SequenceStep] = []
-        for sequence in self._by_seat:
+        for sequence in self._seating.by_seat:
             if sequence.finish and not sequence.reported and quota_tokens.get(sequence.id, 0) > 0:
                 sequence.reported = True
                 told.append(SequenceStep(sequence.id, 0, None, "", sequence.finish))
@@ -280,7 +259,10 @@ class LlamaEngine:
         for sequence, count in chosen:
             before = sequence.computed
             done = self._slab.computed(sequence.seat)
-            if done == len(sequence.tokens):  # its logits are lost: compute the end once more
+            if sequence.sampling.exact and not before + count == done < len(sequence.tokens):
+                done = before  # its chunks have one shape
+                self._slab.cut(sequence.seat, done)
+            elif done == len(sequence.tokens):  # its logits are lost: compute the end once more
                 done = max(before, done - min(count, 2))
                 self._slab.cut(sequence.seat, done)
             if not self._weights.can_roll_back and done < before + count:
@@ -292,19 +274,31 @@ class LlamaEngine:
         return told
 
     def _start(
-        self, seq: int, tokens: list[int], answer_at: int, max_tokens: int, sampling: Sampling
+        self,
+        seq: int,
+        tokens: list[int],
+        answer_at: int,
+        max_tokens: int,
+        sampling: Sampling,
+        shares: bool,
     ) -> Sequence:
-        """Give a checked history a seat; a sequence of that number is ended first."""
+        """Give a checked history a seat; a sequence of that number is ended first.
+
+        If it `shares`, what it has in common with other histories need not be computed again: all but
+        two tokens of a prompt (one alone is computed with other last bits), or one that was drawn.
+        """
         sampler = Sampler(sampling)
         self._end(seq)
-        sequence = Sequence(seq, self._slab.take(), tokens, 0, 0, self.info.context_tokens, sampling, sampler)
+        most_tokens = len(tokens) - (1 if answer_at < len(tokens) else 2) if shares else 0
+        seat, shared = self._seating.take(tokens, most_tokens)
+        sequence = Sequence(seq, seat, tokens, 0, 0, self.info.context_tokens, sampling, sampler, shared)
         sequence.begin_answer(answer_at, max_tokens, self._weights)
         self._enter(sequence)
         return sequence
 
     def _enter(self, sequence: Sequence) -> None:
         self._sequences[sequence.id] = sequence
-        self._by_seat = sorted(self._sequences.values(), key=lambda each: each.seat)
+        self._seating.enter(sequence)
 
     def _check(self, seq: int) -> None:
         if self._closed:

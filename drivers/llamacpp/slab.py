@@ -4,13 +4,11 @@ Each seat has its own stream of the KV cache (not one unified pool) and flash at
 with many sequences on a CPU, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what
 runs beside it. The KV cache is committed when the slab is made.
 
-Owner: one engine, which runs on one thread; two threads in a context abort the process. Seats are
-handed out lowest first, because seats in a batch that follow one another are computed together.
-Not here: what a sequence is (sequence.py), what to compute next (engine.py).
+Owner: one engine, which runs on one thread; two threads in a context abort the process.
+Not here: what a sequence is (sequence.py), who sits where (seating.py), what to compute next (engine.py).
 """
 
 import ctypes
-import heapq
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -53,7 +51,6 @@ class Slab:
             )
         self.window_tokens = int(lib.llama_n_ctx_seq(self.context))
         self._memory = lib.llama_get_memory(self.context)
-        self._free = list(range(self.seats))  # a heap
         self._make_batch()
         self._learn_state_form()
         self._logits = np.empty((0, 0), np.float32)
@@ -88,14 +85,6 @@ class Slab:
             seq_id=self._seat_at,
             logits=self._outputs,
         )
-
-    def take(self) -> int:
-        """The lowest free seat, empty."""
-        return heapq.heappop(self._free)
-
-    def vacate(self, seat: int) -> None:
-        self.cut(seat, 0)
-        heapq.heappush(self._free, seat)
 
     def compute(self, plan: Sequence[tuple[Seated, int]]) -> list[int] | None:
         """One forward pass: for each (sequence, count), the next `count` of its tokens.

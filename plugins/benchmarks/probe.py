@@ -121,11 +121,14 @@ class _Probed:
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         return self._engine.open(seq, prompt, sampling)
 
+    def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
+        self._engine.queue(seq, prompt, sampling)
+
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         return self._engine.feed(seq, prompt)
 
-    def fork(self, source: int, target: int) -> None:
-        self._engine.fork(source, target)
+    def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
+        self._engine.fork(source, target, sampling)
 
     def dump(self, seq: int) -> bytes:
         return self._engine.dump(seq)

@@ -2,12 +2,14 @@
 
 import time
 from argparse import Namespace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kernel.errors import Interrupted, LlmosError, UsageError
-from kernel.snapshot import ModelView
-from kernel.syscall import EngineOptions
+from kernel.snapshot import ModelView, SystemView
+from kernel.syscall import EngineOptions, ModelInfo
 from shell.commands.run import tokens
+from shell.commands.store import fit_of
 from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
 from shell.render import (
@@ -126,30 +128,54 @@ def _models_arguments(parser: Arguments) -> None:
 
 
 def _models(shell: Shell, args: Namespace) -> int:
-    models = shell.system.models()
+    machine = shell.system.snapshot()
+    rows = [_row(shell, view, machine) for view in shell.system.models()]
     if args.json or shell.json:
-        shell.out.line(to_json(models))
+        shell.out.line(to_json([{**asdict(row.view), "fit": row.fit} for row in rows]))
         return 0
-    write_table(shell.out, _COLUMNS, models)
+    write_table(shell.out, _COLUMNS, rows)
     return 0
 
 
-def _state(model: ModelView) -> str:
-    return f"{model.load_progress:.0%}" if model.state == "loading" else model.state
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A model, its header read if it is on disk only, and where it would fit."""
+
+    view: ModelView
+    fit: str = ""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self.view.info
+
+
+def _row(shell: Shell, view: ModelView, machine: SystemView) -> _Row:
+    if view.state != "disk" or Path(view.path).is_dir():
+        return _Row(view)
+    try:
+        info, estimate = shell.system.inspect(view.path)
+    except LlmosError as error:
+        return _Row(replace(view, error=error.message))
+    return _Row(replace(view, info=info), fit_of(info, estimate, machine))
+
+
+def _state(row: _Row) -> str:
+    return f"{row.view.load_progress:.0%}" if row.view.state == "loading" else row.view.state
 
 
 _STATE_COLOURS = {"loaded": "green", "loading": "cyan", "failed": "red", "quarantined": "red"}
 
-_COLUMNS: list[Column[ModelView]] = [
-    Column("NAME", lambda m: m.name, keep=99, flexible=True),
-    Column("STATE", _state, keep=90, colour=lambda m: _STATE_COLOURS.get(m.state, "")),
-    Column("DEV", lambda m: m.device or "-", keep=30),
-    Column("SIZE", lambda m: format_bytes(m.info.file_bytes) if m.info else "-", right=True, keep=80),
-    Column("PARAMS", lambda m: format_count(m.info.parameters) if m.info else "-", right=True, keep=60),
-    Column("QUANT", lambda m: m.info.quantization if m.info else "-", keep=50),
-    Column("CTX", lambda m: str(m.info.context_tokens) if m.info else "-", right=True, keep=40),
-    Column("PROCS", lambda m: str(m.processes), right=True, keep=70),
-    Column("ABOUT", lambda m: m.error or m.description, keep=10, flexible=True),
+_COLUMNS: list[Column[_Row]] = [
+    Column("NAME", lambda r: r.view.name, keep=99, flexible=True),
+    Column("STATE", _state, keep=90, colour=lambda r: _STATE_COLOURS.get(r.view.state, "")),
+    Column("DEV", lambda r: r.view.device or "-", keep=30),
+    Column("FIT", lambda r: r.fit or "-", keep=55),
+    Column("SIZE", lambda r: format_bytes(r.info.file_bytes) if r.info else "-", right=True, keep=80),
+    Column("PARAMS", lambda r: format_count(r.info.parameters) if r.info else "-", right=True, keep=60),
+    Column("QUANT", lambda r: r.info.quantization if r.info else "-", keep=50),
+    Column("CTX", lambda r: str(r.info.context_tokens) if r.info else "-", right=True, keep=40),
+    Column("PROCS", lambda r: str(r.view.processes), right=True, keep=70),
+    Column("ABOUT", lambda r: r.view.error or r.view.description, keep=10, flexible=True),
 ]
 
 SPECS = (

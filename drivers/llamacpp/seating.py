@@ -1,0 +1,122 @@
+"""Who sits where in a slab, and what is kept on the seats that are free.
+
+A sequence that ends leaves its KV on its seat until the seat is needed, so that a prompt that begins
+as it did, or as one that still runs, need not be computed again. Seats are chosen so that those in use
+follow one another: llama.cpp computes a gap as two passes. Among those that fit, the one that was left
+longest ago goes first.
+
+Owner: the engine. Not here: what is computed next (planner.py), what is shared by whom (the engine says
+how much at most).
+"""
+
+from collections.abc import Sequence as Tokens
+from typing import Final
+
+from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.prefixes import BLOCK_TOKENS, Prefixes
+from drivers.llamacpp.sequence import Sequence
+from drivers.llamacpp.slab import Slab
+
+_NEVER: Final = 0
+
+
+class Seating:
+    """The seats of one slab."""
+
+    def __init__(self, slab: Slab, costs: Costs, keeps: bool) -> None:
+        self.by_seat: list[Sequence] = []  # those that sit, in the order of their seats
+        self._slab = slab
+        self._costs = costs
+        self._keeps = keeps  # whether the model's cache can be cut back to a prefix
+        self._left = dict.fromkeys(range(slab.seats), _NEVER)  # free seats: when they were left
+        self._kept: dict[int, Sequence] = {}  # who left a free seat, and with it a cache worth keeping
+        self._prefixes = Prefixes()
+        self._leaves = 0
+
+    def enter(self, sequence: Sequence) -> None:
+        """Seat it on `sequence.seat`, which was taken for it."""
+        self.by_seat = sorted([*self.by_seat, sequence], key=lambda each: each.seat)
+
+    def leave(self, sequence: Sequence) -> None:
+        self.by_seat.remove(sequence)
+        self._leaves += 1
+        self._left[sequence.seat] = self._leaves
+        if self._keeps and sequence.computed >= BLOCK_TOKENS:
+            self._kept[sequence.seat] = sequence
+
+    def take(self, tokens: Tokens[int], most_tokens: int) -> tuple[int, int]:
+        """A free seat, and how many of these tokens its cache has already: at most so many."""
+        fitting = self._fitting()
+        holder, shared = self._longest(tokens[:most_tokens])
+        if holder is None:
+            return self._clear(fitting[0]), 0
+        if self._is_spare(holder, shared, fitting):
+            return self._take_over(holder.seat, shared)
+        if holder.computed * self._costs.copy_token_s < shared * self._costs.prefill_token_s:
+            return self._copy(holder, fitting[0], shared)
+        return self._clear(fitting[0]), 0
+
+    def _fitting(self) -> list[int]:
+        """The free seats that leave no gap, the one left longest ago first."""
+        fitting = list(self._left)
+        if self.by_seat:
+            low, high = self.by_seat[0].seat, self.by_seat[-1].seat
+            gaps = [seat for seat in fitting if low < seat < high]
+            fitting = gaps or [seat for seat in fitting if seat in (low - 1, high + 1)]
+        return sorted(fitting, key=lambda seat: (self._left[seat], seat))
+
+    def _longest(self, tokens: Tokens[int]) -> tuple[Sequence | None, int]:
+        """Whose cache begins with most of these tokens, and with how many."""
+        holders = {**self._kept, **{sequence.seat: sequence for sequence in self.by_seat}}
+        for seat, holder in holders.items():
+            self._prefixes.learn(seat, holder.tokens, holder.computed)
+        best: tuple[Sequence | None, int] = None, 0
+        seats, common = self._prefixes.find(tokens)
+        for seat in seats:
+            shared = _common(tokens, holders[seat], common)
+            if shared >= BLOCK_TOKENS and shared > best[1] - (seat in self._kept):  # a free one is cheaper
+                best = holders[seat], shared
+        return best
+
+    def _is_spare(self, holder: Sequence, shared: int, fitting: list[int]) -> bool:
+        """Whether a cache can be taken over as it is: left behind, and its rest no great loss or lost anyway."""
+        seat, rest = holder.seat, holder.computed - shared
+        return seat in self._kept and (seat == fitting[0] or (seat in fitting and rest <= shared))
+
+    def _take_over(self, seat: int, shared: int) -> tuple[int, int]:
+        del self._kept[seat], self._left[seat]
+        self._prefixes.forget(seat)
+        return seat, self._cut(seat, shared)
+
+    def _copy(self, holder: Sequence, seat: int, shared: int) -> tuple[int, int]:
+        state = self._slab.read(holder.seat)
+        self._clear(seat)
+        if not self._slab.write(seat, state, holder.computed):
+            return seat, 0
+        return seat, self._cut(seat, shared)
+
+    def _cut(self, seat: int, tokens: int) -> int:
+        """How many tokens are left: so many, or none if the cache cannot be cut there."""
+        self._slab.cut(seat, tokens)
+        if self._slab.computed(seat) != tokens:
+            self._slab.cut(seat, 0)
+            return 0
+        return tokens
+
+    def _clear(self, seat: int) -> int:
+        del self._left[seat]
+        self._kept.pop(seat, None)
+        self._prefixes.forget(seat)
+        self._slab.cut(seat, 0)
+        return seat
+
+
+def _common(tokens: Tokens[int], holder: Sequence, likely: int) -> int:
+    """How many of these tokens the cache of a holder begins with, if the hashes of the first ones agree."""
+    most = min(len(tokens), holder.computed)
+    shared = min(likely, most)
+    if tokens[:shared] != holder.tokens[:shared]:
+        return 0  # a hash collided
+    while shared < most and tokens[shared] == holder.tokens[shared]:
+        shared += 1
+    return shared

@@ -1,0 +1,137 @@
+"""Recovery: processes that outlive the kernel, in checkpoints and in the journal.
+
+Owner: the kernel. Lock: the process table's, never held while a file is read or written.
+Not here: the formats (checkpoint, journal).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel.errors import CheckpointInvalid
+from kernel.models import Model
+from kernel.process import Process, check_spec
+
+if TYPE_CHECKING:
+    from kernel.checkpoint import Checkpoint
+    from kernel.journal import Journal, Orphan
+    from kernel.kernel import Kernel
+
+
+class Recovery:
+    """Saves, restores, and finds what an earlier LLMOS left behind."""
+
+    def __init__(self, kernel: "Kernel") -> None:
+        self.kernel = kernel
+        self.journal: Journal | None = None  # of this boot; opened with its first process
+        self._journal_failed = False
+
+    def restore(self, path: Path) -> Process:
+        from kernel import checkpoint  # deferred: a session that saves nothing need not pay for it
+
+        return self.revive(checkpoint.read(path, self.kernel.parts.key), str(path))
+
+    def revive(self, saved: "Checkpoint", origin: str, nice: int | None = None) -> Process:
+        """Continue what was saved as a new process; its output begins with what it had said."""
+        from kernel import checkpoint
+
+        spec = saved.spec if nice is None else replace(saved.spec, nice=nice)
+        check_spec(spec)
+        entry = self.kernel.catalog.resolve(spec.model)
+        if checkpoint.model_digest(entry.path) != saved.model_digest:
+            raise CheckpointInvalid(
+                f"{origin} was saved with another file than {entry.path}",
+                f"put the model that it was saved with in place of {entry.name}",
+            )
+        model = self.kernel.residency.want(entry, self.kernel.parts.options)
+        with self.kernel.table.lock:
+            self.kernel.residency.check_wanted(model)
+            process = self.kernel.new_process(spec, entry.name, 1)
+            for reply in saved.replies:
+                process.write(reply)
+                process.finish_item()
+            process.write(saved.reply)
+            process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
+            thread = process.threads[0]
+            thread.tokens.extend(saved.tokens)
+            thread.prompt_length, thread.kv = saved.prompt_length, saved.kv
+        self.kernel.begin(process, model)
+        return process
+
+    def write_down(self, process: Process, model: Model) -> None:
+        """Opens this boot's journal with its first process: a session that runs nothing needs none."""
+        folder = self.kernel.parts.journal
+        if folder is None or self._journal_failed:
+            return
+        import sqlite3
+
+        from kernel.journal import Journal
+
+        try:
+            if self.journal is None:
+                self.journal = Journal(
+                    folder, self.kernel.table.lock, lambda text: self.kernel.log("error", "journal", text)
+                )
+        except (OSError, sqlite3.Error) as error:
+            self._journal_failed = True
+            self.kernel.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
+            return
+        self.journal.spawned(process, model.info.path)
+
+    def orphans(self) -> "tuple[Orphan, ...]":
+        if self.kernel.parts.journal is None or not self.kernel.parts.journal.is_dir():
+            return ()
+        from kernel import journal
+
+        files = journal.dead_journals(self.kernel.parts.journal)
+        return tuple(process for file in files for process in journal.read(file))
+
+    def resume(self, orphan: "Orphan") -> Process:
+        from kernel import journal
+
+        with journal.claimed(orphan):
+            origin = f"process {orphan.pid} of an earlier LLMOS"
+            process = self.revive(orphan.state, origin, orphan.nice)
+            if self.journal is not None:
+                self.journal.flush()  # it is safe in ours before it leaves the other
+            return process
+
+    def forget_orphans(self) -> None:
+        from kernel import journal
+
+        if self.kernel.parts.journal is not None:
+            for file in journal.dead_journals(self.kernel.parts.journal):
+                journal.discard(file)
+
+    def save(self, pid: int, path: Path) -> int:
+        from kernel import checkpoint
+
+        with self.kernel.table.lock:
+            process = self.kernel.table.alive(pid)
+            model = self.kernel.models[process.model]
+        taken = self.kernel.on_dispatcher(model, lambda: self._take(process, model))
+        return checkpoint.write(taken, path, self.kernel.parts.key)
+
+    def _take(self, process: Process, model: Model) -> "Checkpoint":
+        """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
+        from kernel import checkpoint
+
+        dispatcher, thread = self.kernel.dispatchers[model.device.name], process.threads[0]
+        dispatcher.drain()
+        kv = thread.kv
+        if model.host is not None and thread.seat is not None and thread.computed:
+            kv = model.host.dump(thread.seat)
+        digest = checkpoint.model_digest(model.info.path)
+        with self.kernel.table.lock:
+            self.kernel.table.alive(process.pid)
+            return checkpoint.Checkpoint(
+                spec=process.spec,
+                model_digest=digest,
+                tokens=tuple(thread.tokens),
+                prompt_length=thread.prompt_length,
+                replies=tuple(process.replies),
+                reply="".join(process.reply),
+                prompt_tokens=process.prompt_tokens,
+                output_tokens=process.output_tokens,
+                kv=kv if thread.computed == len(thread.tokens) - 1 or thread.kv else None,
+            )

@@ -1,0 +1,179 @@
+"""Residency: which models are open, on their way, failed or quarantined.
+
+Owner: the kernel. Lock: the process table's; none is held while a driver loads or shuts down.
+Not here: the loading itself (loader), a model's record (models).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernel.device import Driver, EngineHost, EngineOptions
+from kernel.errors import (
+    AdmissionRefused,
+    Interrupted,
+    KernelFault,
+    LlmosError,
+    ModelInvalid,
+    ModelNotFound,
+    NotPermitted,
+    WorkerDied,
+)
+from kernel.loader import Loader
+from kernel.models import CatalogEntry, Model, ModelState
+from kernel.process import State
+
+if TYPE_CHECKING:
+    from kernel.kernel import Kernel
+
+
+class Residency:
+    """The models in use, by name."""
+
+    def __init__(self, kernel: "Kernel") -> None:
+        self.kernel = kernel
+        self.records: dict[str, Model] = {}  # guarded by the table's lock
+        parts = kernel.parts
+        self.loader = Loader(
+            parts.config, parts.clock, kernel.ledger, kernel.log, self._load_done, threaded=parts.threaded
+        )
+
+    def want(self, entry: CatalogEntry, options: EngineOptions, *, explicit: bool = False) -> Model:
+        """The record of a model that is open or on its way; starts the load if need be."""
+        with self.kernel.table.lock:
+            model = self._present(entry.name)
+        if model is None:
+            driver = self.driver(entry.path)
+            fresh = Model(
+                entry.name,
+                entry.description,
+                driver.inspect(entry.path),
+                driver,
+                driver.devices()[0],
+                options,
+            )
+            with self.kernel.table.lock:
+                model = self._present(entry.name)
+                if model is None:
+                    fresh.queue.set_policy(self.kernel.policy)
+                    model = self.records[entry.name] = fresh
+            if model is fresh:
+                self._begin_load(fresh)
+        model.wanted |= explicit
+        return model
+
+    def _begin_load(self, model: Model) -> None:
+        try:
+            self.loader.load(model)
+        except AdmissionRefused:
+            with self.kernel.table.lock:
+                del self.records[model.name]
+            raise
+        self.kernel.publish("model", name=model.name, state=model.state.value)
+
+    def _present(self, name: str) -> Model | None:
+        model = self.records.get(name)
+        if model is None or model.state is ModelState.FAILED or model.cancelled:
+            return None
+        if model.state is ModelState.QUARANTINED:
+            assert model.error is not None
+            raise model.error
+        return model
+
+    def check_wanted(self, model: Model) -> None:
+        """Between `want` and now a short load may have failed, or the model may have been unloaded.
+
+        With the table's lock held. Raises what went wrong.
+        """
+        if self.records.get(model.name) is not model:
+            raise NotPermitted(f"{model.name} was unloaded meanwhile")
+        if model.state is ModelState.FAILED and model.error is not None:
+            raise model.error
+
+    def driver(self, path: Path) -> Driver:
+        try:
+            return self.kernel.parts.drivers[path.suffix.lower()]
+        except KeyError:
+            known = ", ".join(self.kernel.parts.drivers)
+            raise ModelInvalid(f"{path} is not a model file", f"LLMOS reads {known}") from None
+
+    def _load_done(self, model: Model, host: EngineHost | None, error: LlmosError | None) -> None:
+        """The loader's answer, on its thread."""
+        with self.kernel.table.lock:
+            surplus = host if self.kernel.down or self.records.get(model.name) is not model else None
+            if host is None or surplus is not None:
+                self._load_failed(model, error or Interrupted("shutting down"))
+            else:
+                self._attach(model, host)
+            self.kernel.table.changed.notify_all()
+        if surplus is not None:
+            surplus.shutdown()
+        self.kernel.publish("model", name=model.name, state=model.state.value)
+
+    def _attach(self, model: Model, host: EngineHost) -> None:
+        dispatcher = self.kernel.dispatchers[model.device.name]
+        model.host, model.state, model.error, model.progress = host, ModelState.LOADED, None, 1.0
+        model.seats = [None] * host.info.sequences
+        if model not in dispatcher.models:
+            dispatcher.models.append(model)
+        dispatcher.scheduler.attach(model)
+        for process in self.kernel.table:
+            if process.pid in model.users and process.state is State.NEW:
+                process.state = State.RUNNABLE
+        dispatcher.wake_up()
+
+    def _load_failed(self, model: Model, error: LlmosError) -> None:
+        self.kernel.log("error", model.name, error.message)
+        if self.records.get(model.name) is model:  # not if a newer load has taken its place
+            self.kernel.ledger.release(model.device.pool, model.name)
+        model.state, model.error = ModelState.FAILED, error
+        self.fail_users(model, error)
+
+    def fail_users(self, model: Model, error: LlmosError) -> None:
+        for process in [p for p in self.kernel.table if p.pid in model.users and p.alive]:
+            self.kernel.ended(process, error.exit_code, error)
+
+    def worker_died(self, model: Model, error: WorkerDied) -> None:
+        """An engine is gone: open it again; its processes go on from their tokens."""
+        self.kernel.log("error", model.name, error.message)
+        model.state, model.error = ModelState.LOADING, error
+        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+        try:
+            self.loader.reload(model)
+        except KernelFault as fault:
+            model.state, model.error = ModelState.QUARANTINED, fault
+            self.kernel.ledger.release(model.device.pool, model.name)
+            self.fail_users(model, fault)
+
+    def unload(self, name: str) -> int:
+        with self.kernel.table.lock:
+            model = self.records.get(self.kernel.catalog.resolve(name).name)
+            if model is None or model.state is ModelState.FAILED:
+                raise NotPermitted(f"{name} is not loaded")
+            if model.users:
+                pids = ", ".join(map(str, sorted(model.users)))
+                raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
+            model.cancelled = True
+            del self.records[model.name]
+        if model.host is not None:
+            self.kernel.on_dispatcher(model, lambda: self._detach(model))
+        freed = self.kernel.ledger.release(model.device.pool, model.name)
+        self.kernel.publish("model", name=model.name, state="disk")
+        return freed
+
+    def _detach(self, model: Model) -> None:
+        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher.drain()
+        with self.kernel.table.lock:
+            if model in dispatcher.models:
+                dispatcher.models.remove(model)
+            host, model.host = model.host, None
+        if host is not None:
+            host.shutdown()
+
+    def record(self, name: str) -> Model:
+        """Raises ModelNotFound."""
+        entry = self.kernel.catalog.resolve(name)
+        model = self.records.get(entry.name)
+        if model is None:
+            raise ModelNotFound(f"{entry.name} is not loaded")
+        return model
