@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drivers.brake import AbortFlag
+from drivers.prefixes import Prefixes, common_tokens
 from drivers.prompt_queue import PromptQueue
 from drivers.simmodel import SimFaults, SimModel, error_named, read_model
 from kernel.device import (
@@ -115,6 +116,8 @@ class SimEngine:
         self._abort_flag = abort_flag
         self._die = die  # how to end without a word; None: by WorkerDied
         self._sequences: dict[int, _Sequence] = {}
+        self._kept: dict[int, _Sequence] = {}  # what closed ones left on their seats, if it is shared
+        self._prefixes = Prefixes()
         self._queue = PromptQueue()
         self._steps = 0
         self._calls: dict[str, int] = {}
@@ -127,8 +130,9 @@ class SimEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._perhaps_fail("open", self._faults.fail_open_at)
         tokens = self._fitting(tokenize(prompt), held_tokens=0)
-        self._sequences[self._seat(seq)] = self._begin(tokens, 0, prompt, sampling)
-        return Opened(tuple(tokens))
+        shared = self._shared_tokens(tokens) if self._model.shares_prefixes else 0
+        self._sit(seq, self._begin(tokens, shared, prompt, sampling))
+        return Opened(tuple(tokens), shared)
 
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
         self._queue.add(self._seat(seq), prompt, sampling)
@@ -162,7 +166,7 @@ class SimEngine:
         twin.tokens = list(twin.tokens)
         if sampling is not None:
             twin.seed, twin.ignore_eos = self._seed(sampling), sampling.ignore_eos
-        self._sequences[self._seat(target)] = twin
+        self._sit(target, twin)
         self._queue.drop(target)
 
     def dump(self, seq: int) -> bytes:
@@ -185,11 +189,13 @@ class SimEngine:
         sequence = self._begin(tokens, computed_tokens, prompt, sampling)
         sequence.is_prefill = sequence.pending_tokens > 1
         sequence.is_finished = not sequence.is_prefill and self._finish(sequence) is not None
-        self._sequences[seq] = sequence
+        self._sit(seq, sequence)
         return Opened(tuple(tokens), computed_tokens)
 
     def close(self, seq: int) -> None:
-        self._sequences.pop(seq, None)
+        sequence = self._sequences.pop(seq, None)
+        if sequence is not None and self._model.shares_prefixes:
+            self._kept[seq] = sequence
         self._queue.drop(seq)
 
     def shutdown(self) -> None:
@@ -202,6 +208,21 @@ class SimEngine:
         if not 0 <= seq < self.info.sequences:
             raise UsageError(f"no seat {seq}: the engine has {self.info.sequences}")
         return seq
+
+    def _sit(self, seq: int, sequence: _Sequence) -> None:
+        """Put a sequence on a seat; what was there, or was kept there, is lost."""
+        self._sequences[self._seat(seq)] = sequence
+        self._kept.pop(seq, None)
+        self._prefixes.forget(seq)
+
+    def _shared_tokens(self, tokens: list[int]) -> int:
+        """How many of these tokens some seat has computed; never the last one, which is to be drawn from."""
+        holders = self._kept | self._sequences
+        for seq, holder in holders.items():
+            self._prefixes.learn(seq, holder.tokens, holder.computed_tokens)
+        seats, likely = self._prefixes.find(tokens[:-1])
+        held = [holders[seq] for seq in seats]
+        return max((common_tokens(tokens[:-1], h.tokens, h.computed_tokens, likely) for h in held), default=0)
 
     def _held(self, seq: int) -> _Sequence:
         if seq not in self._sequences:

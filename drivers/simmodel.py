@@ -50,6 +50,7 @@ class SimModel:
     decode_s: float = 0.0005  # per sequence that decodes
     prompt_token_s: float = 0.0001
     kv_token_s: float = 0.0  # per token of KV that a step attends to
+    shares_prefixes: bool = False  # whether what other seats hold of a prompt is not computed again
     faults: SimFaults = SimFaults()
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ def _filled(default: _T, values: dict[str, Any]) -> _T:
     for name, value in values.items():
         kind = type(getattr(default, name, None))
         numeric = type(value) in (int, float) and kind is float
-        if not (numeric or type(value) is kind) or kind not in (int, float, str):
+        if not (numeric or type(value) is kind) or kind not in (bool, int, float, str):
             raise ValueError(f"{name} cannot be {value!r}")
     return replace(default, **values)
 

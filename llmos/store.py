@@ -20,8 +20,9 @@ from typing import BinaryIO
 from kernel.errors import ModelInvalid, ModelNotFound, NotPermitted, UsageError
 from llmos.folders import SUFFIX, Look, StoredModel, part_names, stem
 from llmos.foreign import OLLAMA, Source
-from llmos.hub import Hub, HubFile, Progress, choose, parse_source
+from llmos.hub import Hub, Progress
 from llmos.paths import Paths, expand
+from llmos.repository import HubFile, choose, parse_source
 from llmos.shelf import Shelf, checked_name
 
 NANO = (

@@ -62,6 +62,7 @@ def test_throughput_of_both_sides_agrees_token_by_token(model: Path) -> None:
     assert (row.sequences, row.same_outputs, row.identical_sequences, row.identical_tokens) == (3, True, 3, 6)
     assert 0 < row.ratio.least <= row.ratio.median <= row.ratio.most
     assert row.llmos_tokens_per_s > 0 and row.raw_tokens_per_s > 0
+    assert row.shared_tokens < 3 * 20 / 2  # no repetition lives on the prompts of the one before
 
 
 def test_throughput_notices_a_raw_side_that_says_something_else(

@@ -1,5 +1,6 @@
 """The fair queue against a model of EEVDF that looks at everyone every time."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -145,6 +146,27 @@ def test_it_does_what_the_naive_model_does(ops: list[tuple[object, ...]]) -> Non
             assert pair.queue.pick() is None
             continue
         getattr(pair, str(name))(*arguments)
+        pair.check()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_still_does_after_many_turns(seed: int) -> None:
+    rng, pair = random.Random(seed), Pair()
+    for _ in range(6):
+        pair.join(rng.randint(-10, 10), False)
+    for _ in range(1_000):
+        n = rng.choice(list(pair.naive.members))
+        turn = rng.random()
+        if turn < 0.9:
+            if any(m.ready for m in pair.naive.members.values()):
+                pair.serve(rng.choice((1.0, 2.0, 8.0, REQUEST)))
+        elif turn < 0.94:
+            pair.seat(n, rng.random() < 0.7)
+        elif turn < 0.97:
+            pair.reweight(n, rng.randint(-20, 19))
+        else:
+            pair.leave(n)
+            pair.join(rng.randint(-10, 10), True)
         pair.check()
 
 

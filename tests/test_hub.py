@@ -23,8 +23,9 @@ from kernel.errors import (
 )
 from llmos import shelf
 from llmos.hub import Hub as Client
-from llmos.hub import PullFailed, parse_source
+from llmos.hub import PullFailed
 from llmos.paths import find_paths
+from llmos.repository import parse_source
 from llmos.store import Store
 from tests.ggufs import NANO
 from tests.hub_server import Hub, serving

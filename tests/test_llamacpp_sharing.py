@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from drivers.llamacpp.calibrate import Costs
 from drivers.llamacpp.engine import LlamaEngine
-from drivers.llamacpp.prefixes import BLOCK_TOKENS, Prefixes
 from drivers.llamacpp.writer import Recipe
+from drivers.prefixes import BLOCK_TOKENS, Prefixes
 from kernel.device import EngineOptions, Prompt, Sampling
 
 TOUCHY = Sampling(temperature=1.2, top_k=0, top_p=1.0, min_p=0.0, seed=5, repeat_penalty=1.1)

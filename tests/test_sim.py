@@ -107,6 +107,28 @@ def test_step_time_is_the_model_of_it_and_passes_on_the_clock() -> None:
     assert hand.now_s == prefill.step_s + decode.step_s
 
 
+def test_shared_prefixes_cost_nothing_and_change_no_token() -> None:
+    engine = engine_of(replace(ENDLESS, shares_prefixes=True), sequences=4)
+    system, chat = "word " * 40, [Prompt(text="word " * 40 + f"{name} asks", max_tokens=5) for name in "ab"]
+    assert engine.open(0, chat[0], Sampling(seed=1)).shared_tokens == 0
+    first = drawn(run(engine, {0: 100}), 0)
+    engine.close(0)
+    opened = engine.open(1, chat[1], Sampling(seed=1))  # from one that is closed
+    assert (opened.shared_tokens, len(opened.tokens)) == (40, 42)
+    steps = run(engine, {1: 100})
+    assert sum(step.prompt_tokens for step in steps) == 2
+    plain = engine_of(sequences=4)
+    plain.open(1, chat[1], Sampling(seed=1))
+    assert drawn(steps, 1) == drawn(run(plain, {1: 100}), 1)
+    assert engine.open(2, chat[0], Sampling(seed=1)).shared_tokens == 41  # all but the last
+    assert drawn(run(engine, {2: 100}), 2) == first
+    engine.open(0, WORD, Sampling())  # on the seat that was left
+    engine.close(2)
+    engine.open(2, WORD, Sampling())
+    assert engine.open(3, chat[0], Sampling()).shared_tokens == 40  # what is overwritten is not shared
+    assert engine.open(3, Prompt(text="quite other " + system), Sampling()).shared_tokens == 0
+
+
 def test_sequences_end_for_each_of_the_three_reasons() -> None:
     engine = engine_of(SimModel(mean_tokens=20), context_tokens=50)
     ends = {}

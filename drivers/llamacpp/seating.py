@@ -13,9 +13,9 @@ from collections.abc import Sequence as Tokens
 from typing import Final
 
 from drivers.llamacpp.calibrate import Costs
-from drivers.llamacpp.prefixes import BLOCK_TOKENS, Prefixes
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
+from drivers.prefixes import BLOCK_TOKENS, Prefixes, common_tokens
 
 _NEVER: Final = 0
 
@@ -73,13 +73,13 @@ class Seating:
         best: tuple[Sequence | None, int] = None, 0
         seats, common = self._prefixes.find(tokens)
         for seat in seats:
-            shared = _common(tokens, holders[seat], common)
+            shared = common_tokens(tokens, holders[seat].tokens, holders[seat].computed, common)
             if shared >= BLOCK_TOKENS and shared > best[1] - (seat in self._kept):  # a free one is cheaper
                 best = holders[seat], shared
         return best
 
     def _is_spare(self, holder: Sequence, shared: int, fitting: list[int]) -> bool:
-        """Whether a cache can be taken over as it is: left behind, and its rest no great loss or lost anyway."""
+        """Whether a cache can be taken over: it was left, and its rest is no great loss or lost anyway."""
         seat, rest = holder.seat, holder.computed - shared
         return seat in self._kept and (seat == fitting[0] or (seat in fitting and rest <= shared))
 
@@ -109,14 +109,3 @@ class Seating:
         self._prefixes.forget(seat)
         self._slab.cut(seat, 0)
         return seat
-
-
-def _common(tokens: Tokens[int], holder: Sequence, likely: int) -> int:
-    """How many of these tokens the cache of a holder begins with, if the hashes of the first ones agree."""
-    most = min(len(tokens), holder.computed)
-    shared = min(likely, most)
-    if tokens[:shared] != holder.tokens[:shared]:
-        return 0  # a hash collided
-    while shared < most and tokens[shared] == holder.tokens[shared]:
-        shared += 1
-    return shared

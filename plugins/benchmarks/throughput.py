@@ -40,6 +40,7 @@ class Row:
     same_outputs: bool
     identical_sequences: int  # of `sequences`, in the worst repetition
     identical_tokens: int  # per sequence, before the first that differs
+    shared_tokens: int  # prompt tokens that LLMOS found in its KV cache, at most in one repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +59,24 @@ class _Run:
     prompts: tuple[tuple[int, ...], ...]
     outputs: tuple[tuple[int, ...], ...]
     elapsed_s: float
+    shared_tokens: int = 0
 
 
 def measure(job: Job, sequences: int, tell: Tell) -> Row:
     """Run both sides in turn. Raises KernelFault if a process does not end well."""
     window_tokens = job.prompt_characters + job.output_tokens + 16
     shared = options(job.path, sequences, window_tokens, job.threads)
-    texts = [_text(job.prompt_characters, number) for number in range(sequences)]
+    pairs: list[tuple[_Run, _Run]] = []
     tell(f"throughput: loading for {sequences} sequences")
     with booted(job.path, shared) as machine, RawSide(job.path, shared) as raw:
-        warm = _llmos(machine, texts, job.output_tokens)
-        raw.generate(warm.prompts, job.output_tokens)
-        ours: list[_Run] = []
-        theirs: list[_Run] = []
-        for round_ in range(job.repeat):
-            for side in ("llmos", "raw") if round_ % 2 else ("raw", "llmos"):
-                tell(f"throughput: {sequences} sequences, {side}, {round_ + 1} of {job.repeat}")
-                if side == "llmos":
-                    ours.append(_llmos(machine, texts, job.output_tokens))
-                else:
-                    answer = raw.generate(warm.prompts, job.output_tokens)
-                    theirs.append(_Run(warm.prompts, answer.tokens, answer.elapsed_s))
-    return _row(ours, theirs)
+        for number in range(job.repeat + 1):
+            texts = [_text(job.prompt_characters, f"{number} {each}") for each in range(sequences)]
+            tell(f"throughput: {sequences} sequences, LLMOS, {number} of {job.repeat}")
+            ours = _llmos(machine, texts, job.output_tokens)
+            tell(f"throughput: {sequences} sequences, raw loop, {number} of {job.repeat}")
+            answer = raw.generate(ours.prompts, job.output_tokens)
+            pairs.append((ours, _Run(ours.prompts, answer.tokens, answer.elapsed_s)))
+    return _row(pairs[1:])  # the first pair warmed caches
 
 
 def _llmos(machine: Machine, texts: Sequence[str], output_tokens: int) -> _Run:
@@ -98,27 +95,28 @@ def _llmos(machine: Machine, texts: Sequence[str], output_tokens: int) -> _Run:
         tuple(tuple(thread.tokens[: thread.prompt_length]) for thread in threads),
         tuple(tuple(thread.tokens[thread.prompt_length :]) for thread in threads),
         elapsed_s,
+        sum(view.shared_tokens for view in views if view is not None),
     )
 
 
-def _text(length: int, number: int) -> str:
-    """A prompt of its own for each sequence, the same in every run."""
-    return "".join(random.Random(number).choices(_LETTERS, k=length - 1)) + "."
+def _text(length: int, seed: str) -> str:
+    """A prompt that no sequence has had before: kept prefixes would save LLMOS what the raw loop computes."""
+    return "".join(random.Random(seed).choices(_LETTERS, k=length - 1)) + "."
 
 
-def _row(ours: Sequence[_Run], theirs: Sequence[_Run]) -> Row:
-    pairs = list(zip(ours, theirs, strict=True))
-    agreed = [compare(a.outputs, b.outputs) for a, b in pairs]
-    sequences = len(ours[0].outputs)
+def _row(pairs: Sequence[tuple[_Run, _Run]]) -> Row:
+    agreed = [compare(ours.outputs, theirs.outputs) for ours, theirs in pairs]
+    sequences = len(pairs[0][0].outputs)
     identical = min(count for count, _ in agreed)
     return Row(
         sequences=sequences,
-        llmos_tokens_per_s=Spread.of([_rate(run) for run in ours]).median,
-        raw_tokens_per_s=Spread.of([_rate(run) for run in theirs]).median,
-        ratio=Spread.of([_rate(a) / _rate(b) for a, b in pairs]),
+        llmos_tokens_per_s=Spread.of([_rate(ours) for ours, _ in pairs]).median,
+        raw_tokens_per_s=Spread.of([_rate(theirs) for _, theirs in pairs]).median,
+        ratio=Spread.of([_rate(ours) / _rate(theirs) for ours, theirs in pairs]),
         same_outputs=identical == sequences,
         identical_sequences=identical,
         identical_tokens=min(tokens for _, tokens in agreed),
+        shared_tokens=max(ours.shared_tokens for ours, _ in pairs),
     )
 
 

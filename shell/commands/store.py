@@ -263,8 +263,7 @@ def store_commands(store: ModelStore | None) -> tuple[CommandSpec, ...]:
             on(_pull),
             _pull_arguments,
             ("pull hf:Qwen/Qwen3-0.6B-GGUF", "pull hf:ggml-org/gemma-3-1b-it-GGUF:Q4_K_M"),
-            notes="^C stops; the same pull goes on where it ended. Checksums are verified. "
-            "HF_ENDPOINT and HF_TOKEN are honoured.",
+            notes="^C stops; the same pull goes on where it ended. Reads HF_ENDPOINT and HF_TOKEN.",
             group="models",
         ),
         CommandSpec(
@@ -282,8 +281,7 @@ def store_commands(store: ModelStore | None) -> tuple[CommandSpec, ...]:
             on(_rm),
             _rm_arguments,
             ("rm old-model", "rm old-model -y"),
-            notes="Wants the whole name. Models of other programs are theirs to remove. "
-            "Asks at the prompt, never in a script.",
+            notes="Wants the whole name. Asks at the prompt, never in a script.",
             group="models",
             patterns=False,
         ),

@@ -1,8 +1,8 @@
 """Which KV cache begins as a prompt does: an index of token prefixes, in blocks.
 
-Owner: the engine's seating. A block is known by a hash of itself and of all before it, so a look-up
+Owner: one engine. A block is known by a hash of itself and of all before it, so a look-up
 costs one step per block of the prompt that is known, however many seats there are. Hashes may collide:
-who asks compares the tokens. Not here: copying anything (seating.py).
+`common_tokens` compares. Not here: what is done with what was found (the engine).
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,3 +52,14 @@ def _links(tokens: Sequence[int], begin: int, end: int, before: int) -> Iterator
     for at in range(begin, end - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         link = hash((link, *tokens[at : at + BLOCK_TOKENS]))
         yield link
+
+
+def common_tokens(tokens: Sequence[int], held: Sequence[int], computed: int, likely: int) -> int:
+    """How many tokens the two have in common, of the `computed` that are held; `likely`: as `find` says."""
+    most = min(len(tokens), computed)
+    common = min(likely, most)
+    if tokens[:common] != held[:common]:
+        return 0  # a hash collided
+    while common < most and tokens[common] == held[common]:
+        common += 1
+    return common
