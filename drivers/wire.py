@@ -162,9 +162,10 @@ def pack_step(quantum: int, event: StepEvent) -> bytes:
     for step in steps:
         token = -1 if step.token is None else step.token
         rows.append(pack(step.seq, step.prompt_tokens, token, _FINISH_CODE[step.finish], len(step.text)))
-        if step.opened is not None or step.error is not None:
+        if step.opened is not None or step.error is not None or step.shared_tokens:
             opened = None if step.opened is None else encode_opened(step.opened)
-            news.append([len(rows) - 1, opened, None if step.error is None else encode_error(step.error)])
+            error = None if step.error is None else encode_error(step.error)
+            news.append([len(rows) - 1, opened, error, step.shared_tokens])
     told = _to_json(news).encode("ascii") if news else b""
     return b"".join((_STEP.pack(quantum, event.step_s, len(steps), len(text), len(told)), *rows, text, told))
 
@@ -202,14 +203,15 @@ def _unpack_step(blob: bytes, offset: int) -> tuple[StepEvent, int]:
 
 
 def _add_news(steps: list[SequenceStep], news: object) -> None:
-    """Put queued prompts that began, and those that could not, into the rows they belong to."""
+    """Put what is told beside tokens into the rows it belongs to."""
     for item in news if isinstance(news, list) else [news]:
         match item:
-            case [int(row), opened, error] if 0 <= row < len(steps):
+            case [int(row), opened, error, int(shared_tokens)] if 0 <= row < len(steps):
                 steps[row] = replace(
                     steps[row],
                     opened=None if opened is None else decode_opened(opened),
                     error=None if error is None else decode_error(error),
+                    shared_tokens=shared_tokens,
                 )
             case _:
                 raise Nonsense("news of a step")

@@ -133,8 +133,9 @@ class Opened:
 class SequenceStep:
     """What one step did for one sequence.
 
-    A prompt of its queue that it took up, or could not, is told in an entry of its own, without tokens,
-    before the entry of what was then computed: so a step may speak of a sequence more than once.
+    A prompt of its queue that it took up, or could not, and KV that was taken over from another sequence
+    are told in entries of their own, without tokens, before the entry of what was then computed: so a
+    step may speak of a sequence more than once.
     """
 
     seq: int
@@ -144,6 +145,7 @@ class SequenceStep:
     finish: Finish | None = None
     opened: Opened | None = None  # the next prompt of its queue has begun
     error: LlmosError | None = None  # the next prompt of its queue cannot be; the one after it is up
+    shared_tokens: int = 0  # tokens of its prompt that need not be computed any more: another one did
 
 
 @dataclass(frozen=True, slots=True)

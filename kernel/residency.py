@@ -93,7 +93,7 @@ class Residency:
         try:
             return self.kernel.parts.drivers[path.suffix.lower()]
         except KeyError:
-            known = ", ".join(self.kernel.parts.drivers)
+            known = ", ".join(filter(None, self.kernel.parts.drivers))
             raise ModelInvalid(f"{path} is not a model file", f"LLMOS reads {known}") from None
 
     def _load_done(self, model: Model, host: EngineHost | None, error: LlmosError | None) -> None:

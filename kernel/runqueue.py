@@ -225,11 +225,6 @@ class RunQueue:
         """Its claimant's weight over the average claimant's."""
         return self._fair.weight_of(self._claimant(thread)) * len(self._fair) / self._fair.weight
 
-    def served_units(self, thread: Thread) -> float:
-        """What it, or its group, was charged; of one that joined at virtual time 0 and kept its weight."""
-        claimant = self._claimant(thread)
-        return self._fair.vruntime(claimant) * self._fair.weight_of(claimant)
-
     def lag(self, thread: Thread) -> float:
         """Service units that it, or its group, is owed."""
         return self._fair.lag(self._claimant(thread))

@@ -80,6 +80,23 @@ def _run(options: argparse.Namespace) -> int:
         machine.system.shutdown()
 
 
+def _greet(machine: "Machine") -> None:
+    """Two lines: what there is, and how to go on."""
+    from shell.render import format_size
+
+    view, models = machine.system.snapshot(), machine.system.models()
+    devices = " · ".join(f"{device.info.name} {device.info.description}" for device in view.devices)
+    pools = " · ".join(
+        f"{pool.name} {format_size(pool.free_bytes)} of {format_size(pool.capacity_bytes)} free"
+        for pool in view.pools
+    )
+    machine.shell.note(f"LLMOS {VERSION}  ready in {view.uptime_s:.2f} s · {devices} · {pools}")
+    plural = "" if len(models) == 1 else "s"
+    machine.shell.note(
+        f"{len(models)} model{plural} · `help` lists the commands · F12 or `top` is the monitor"
+    )
+
+
 def _script(options: argparse.Namespace) -> tuple[str, str] | None:
     """Text to run and its name; None for an interactive shell or a single command."""
     if options.text is not None:
@@ -130,6 +147,7 @@ def _serve(machine: "Machine", options: argparse.Namespace, script: tuple[str, s
         return interpreter.run_argv(machine.shell, options.words)
     from shell.repl import interact
 
+    _greet(machine)
     if orphans := machine.system.orphans():
         machine.shell.note(
             f"{len(orphans)} processes ran when LLMOS was killed: `resume` goes on with them, "

@@ -16,6 +16,9 @@ def llmos_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     home = tmp_path / "llmos-home"
     monkeypatch.setenv("LLMOS_HOME", str(home))
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))  # where other programs keep models
+    for name in ("HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     return home
 
 

@@ -165,11 +165,10 @@ def test_the_ledger_agrees_with_the_engine_when_nothing_is_in_flight(
         if n == interrupt_after:
             schedule.sim.dispatcher.interrupt()
     schedule.sim.dispatcher.drain()
-    queue = schedule.model.queue
-    charged = sum(queue.served_units(thread) for thread in queue)
-    assert charged == pytest.approx(schedule.host.units)
-    for thread in queue:
-        assert queue.served_units(thread) == pytest.approx(thread.process.share_received)
+    threads, accounts = list(schedule.model.queue), schedule.model.queue._fair
+    for thread in threads:
+        assert accounts.vruntime(thread) * thread.weight == pytest.approx(thread.process.share_received)
+    assert sum(t.process.share_received for t in threads) == schedule.host.units
 
 
 @settings(max_examples=25, deadline=None)

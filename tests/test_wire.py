@@ -75,6 +75,7 @@ steps = every_field(
     finish=st.sampled_from([None, "stop", "length", "context"]),
     opened=st.none() | opened,
     error=st.none() | st.builds(errors.ContextFull, text, text),
+    shared_tokens=counts,
 )
 events = every_field(
     StepEvent,

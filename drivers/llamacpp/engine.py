@@ -16,6 +16,7 @@ import numpy as np
 from drivers.llamacpp import header, kvstate, layout, native
 from drivers.llamacpp.buffers import Buffers, admit
 from drivers.llamacpp.calibrate import measure
+from drivers.llamacpp.families import Families
 from drivers.llamacpp.invariance import is_invariant
 from drivers.llamacpp.planner import Plan, Planner
 from drivers.llamacpp.prompts import Prompts
@@ -117,6 +118,7 @@ class LlamaEngine:
         self._slab = slab
         self._seating = seating
         self._planner = planner
+        self._families = Families(seating)
         self._model = model
         self._prompts = Prompts(weights, info.context_tokens)
         self._ends = np.array(sorted(weights.ends), np.intp)
@@ -153,7 +155,7 @@ class LlamaEngine:
             raise UsageError(f"sequence {source} cannot be forked onto itself")
         sampler = Sampler(sampling or original.sampling)
         self.close(target)
-        twin = original.copy(target, self._seating.take((), 0)[0], sampling or original.sampling, sampler)
+        twin = original.copy(target, self._seating.take((), 0).number, sampling or original.sampling, sampler)
         self._enter(twin)
         if twin.computed and not self._slab.write(twin.seat, self._slab.read(original.seat), twin.computed):
             self.close(target)
@@ -185,6 +187,7 @@ class LlamaEngine:
         sequence = self._sequences.pop(seq, None)
         if sequence:
             sequence.sampler.free()
+            self._families.leave(sequence)
             self._seating.leave(sequence)
 
     def shutdown(self) -> None:
@@ -197,7 +200,10 @@ class LlamaEngine:
     def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
         begin_s = time.perf_counter()
         told = self._queue.take_up(quota_tokens, self._is_over, self._open) + self._told(quota_tokens)
-        chosen = self._planner.plan(self._seating.by_seat, quota_tokens)
+        taken, waiting = self._families.prepare(quota_tokens)
+        told += [SequenceStep(seq, 0, None, "", shared_tokens=tokens) for seq, tokens in taken.items()]
+        ready = [each for each in self._seating.by_seat if each.id not in waiting]
+        chosen = self._planner.plan(ready, quota_tokens)
         if chosen:
             rows = self._slab.compute(chosen)
             told += self._aborted(chosen) if rows is None else self._drawn(chosen, rows)
@@ -290,9 +296,13 @@ class LlamaEngine:
         sampler = Sampler(sampling)
         self._end(seq)
         most_tokens = len(tokens) - (1 if answer_at < len(tokens) else 2) if shares else 0
-        seat, shared = self._seating.take(tokens, most_tokens)
-        sequence = Sequence(seq, seat, tokens, 0, 0, self.info.context_tokens, sampling, sampler, shared)
+        seat = self._seating.take(tokens, most_tokens)
+        window = self.info.context_tokens
+        sequence = Sequence(seq, seat.number, tokens, 0, 0, window, sampling, sampler, seat.shared_tokens)
+        sequence.shareable_tokens = most_tokens
         sequence.begin_answer(answer_at, max_tokens, self._weights)
+        if seat.kin:
+            self._families.join(sequence, seat.kin, seat.kin_tokens)
         self._enter(sequence)
         return sequence
 

@@ -10,6 +10,7 @@ how much at most).
 """
 
 from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
 from typing import Final
 
 from drivers.llamacpp.calibrate import Costs
@@ -18,6 +19,16 @@ from drivers.llamacpp.slab import Slab
 from drivers.prefixes import BLOCK_TOKENS, Prefixes, common_tokens
 
 _NEVER: Final = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A seat that was taken."""
+
+    number: int
+    shared_tokens: int = 0  # that its cache has already
+    kin: Sequence | None = None  # a running sequence that is about to compute more of what is wanted
+    kin_tokens: int = 0  # how much of it they have in common
 
 
 class Seating:
@@ -41,20 +52,39 @@ class Seating:
         self.by_seat.remove(sequence)
         self._leaves += 1
         self._left[sequence.seat] = self._leaves
+        self._prefixes.forget(sequence.seat)
         if self._keeps and sequence.computed >= BLOCK_TOKENS:
+            del sequence.tokens[sequence.computed :]
             self._kept[sequence.seat] = sequence
 
-    def take(self, tokens: Tokens[int], most_tokens: int) -> tuple[int, int]:
-        """A free seat, and how many of these tokens its cache has already: at most so many."""
-        fitting = self._fitting()
-        holder, shared = self._longest(tokens[:most_tokens])
+    def take(self, tokens: Tokens[int], most_tokens: int) -> Seat:
+        """A free seat; of these tokens its cache may have so many at most, from others."""
+        holder, common = self._longest(tokens[:most_tokens])
         if holder is None:
+            return Seat(self._clear(self._fitting()[0]))
+        seat, shared = self._share(holder, min(common, holder.computed))
+        is_kin = holder in self.by_seat and not holder.sampling.exact
+        if is_kin and common - shared >= BLOCK_TOKENS and self._pays(common, common - shared):
+            return Seat(seat, shared, holder, common)
+        return Seat(seat, shared)
+
+    def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
+        """Make the cache of a sequence that sits that of another one, up to so many tokens they share."""
+        sequence.computed = self._copy(holder, sequence.seat, tokens)
+
+    def _share(self, holder: Sequence, shared: int) -> tuple[int, int]:
+        """A free seat, and how much of what a holder has is on it now."""
+        fitting = self._fitting()
+        if shared < BLOCK_TOKENS:
             return self._clear(fitting[0]), 0
         if self._is_spare(holder, shared, fitting):
             return self._take_over(holder.seat, shared)
-        if holder.computed * self._costs.copy_token_s < shared * self._costs.prefill_token_s:
-            return self._copy(holder, fitting[0], shared)
-        return self._clear(fitting[0]), 0
+        seat = self._clear(fitting[0]) if holder.seat != fitting[0] else fitting[0]
+        return seat, self._copy(holder, seat, shared) if self._pays(holder.computed, shared) else 0
+
+    def _pays(self, copied: int, shared: int) -> bool:
+        """Whether copying so many tokens is cheaper than computing so many."""
+        return copied * self._costs.copy_token_s < shared * self._costs.prefill_token_s
 
     def _fitting(self) -> list[int]:
         """The free seats that leave no gap, the one left longest ago first."""
@@ -66,17 +96,21 @@ class Seating:
         return sorted(fitting, key=lambda seat: (self._left[seat], seat))
 
     def _longest(self, tokens: Tokens[int]) -> tuple[Sequence | None, int]:
-        """Whose cache begins with most of these tokens, and with how many."""
+        """Who begins with most of these tokens, computed or not yet, and with how many."""
         holders = {**self._kept, **{sequence.seat: sequence for sequence in self.by_seat}}
         for seat, holder in holders.items():
-            self._prefixes.learn(seat, holder.tokens, holder.computed)
-        best: tuple[Sequence | None, int] = None, 0
-        seats, common = self._prefixes.find(tokens)
-        for seat in seats:
-            shared = common_tokens(tokens, holders[seat].tokens, holders[seat].computed, common)
-            if shared >= BLOCK_TOKENS and shared > best[1] - (seat in self._kept):  # a free one is cheaper
-                best = holders[seat], shared
-        return best
+            self._prefixes.learn(seat, holder.tokens, len(holder.tokens))
+        seats, likely = self._prefixes.find(tokens)
+        if not seats or not self._keeps:
+            return None, 0
+
+        def claim(seat: int) -> tuple[int, bool, int]:
+            held = holders[seat].tokens
+            common = common_tokens(tokens, held, len(held), likely)
+            return common, seat in self._kept, holders[seat].computed  # what is left needs no copy, perhaps
+
+        best = max(seats, key=claim)
+        return holders[best], claim(best)[0]
 
     def _is_spare(self, holder: Sequence, shared: int, fitting: list[int]) -> bool:
         """Whether a cache can be taken over: it was left, and its rest is no great loss or lost anyway."""
@@ -88,12 +122,11 @@ class Seating:
         self._prefixes.forget(seat)
         return seat, self._cut(seat, shared)
 
-    def _copy(self, holder: Sequence, seat: int, shared: int) -> tuple[int, int]:
+    def _copy(self, holder: Sequence, seat: int, shared: int) -> int:
+        """Onto a seat that is taken; returns how many tokens are there."""
         state = self._slab.read(holder.seat)
-        self._clear(seat)
-        if not self._slab.write(seat, state, holder.computed):
-            return seat, 0
-        return seat, self._cut(seat, shared)
+        self._slab.cut(seat, 0)
+        return self._cut(seat, shared) if self._slab.write(seat, state, holder.computed) else 0
 
     def _cut(self, seat: int, tokens: int) -> int:
         """How many tokens are left: so many, or none if the cache cannot be cut there."""

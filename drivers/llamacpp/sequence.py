@@ -30,6 +30,7 @@ class Sequence:
     given_tokens: int = 0  # tokens that were not drawn here: computing them counts as prompt
     finish: Finish | None = None
     reported: bool = False  # whether a step has told `finish`
+    shareable_tokens: int = 0  # how many of its first tokens may be computed by another sequence
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _new_decoder("replace"))
 
     def append(self, token: int, weights: Weights) -> str:

@@ -42,6 +42,7 @@ from plugins.benchmarks.trace import WINDOW_S, Gap, Meter, Request, Served, gap,
 
 POOL_TOKENS = 10_000
 UNITS_PER_S = 1350.0
+LOAD = 0.8
 LATENCY_REQUESTS = 300
 """A prefix of a trace that takes seconds."""
 
@@ -219,6 +220,53 @@ def overloaded_engine(requests: Sequence[Request]) -> SimModel:
         prompt_token_s=PROMPT_UNITS / UNITS_PER_S,
         decode_s=OUTPUT_UNITS / UNITS_PER_S,
     )
+
+
+def loaded_engine(requests: Sequence[Request]) -> SimModel:
+    """An accelerator with 32 seats, of a speed that the trace loads to 0.8 when half of them decode."""
+    seats = 32
+    prompts = sum(r.prompt_tokens for r in requests)
+    outputs = sum(r.output_tokens for r in requests)
+    base_s, decode_s, prompt_token_s = 0.010, 0.0002, 0.00005
+    work_s = prompts * prompt_token_s + outputs * (base_s / (seats / 2) + decode_s)
+    factor = LOAD * max(1e-9, requests[-1].arrival_s - requests[0].arrival_s) / work_s
+    return SimModel(
+        mean_tokens=0,
+        context_tokens=max(2, *(r.prompt_tokens + r.output_tokens for r in requests)),
+        sequences=seats,
+        base_s=base_s * factor,
+        decode_s=decode_s * factor,
+        prompt_token_s=prompt_token_s * factor,
+    )
+
+
+def latency(
+    trace: Path,
+    policies: Sequence[str] = ("fair", "fifo", "rr"),
+    limit: int = LATENCY_REQUESTS,
+    report: Report | None = None,
+) -> dict[str, dict[str, float]]:
+    """Time to first token, and between tokens, by policy, in simulated seconds. Raises as `fairness`."""
+    requests = read_trace(trace, limit)
+    engine, table = loaded_engine(requests), {}
+    for policy in policies:
+        done = Replay(requests, engine, policy).run(report)
+        ttft_s = sorted(each.first_token_s - each.request.arrival_s for each in done.served)
+        gaps_s = sorted(done.token_gaps_s)
+        table[policy] = {
+            "ttft_p50_s": percentile(ttft_s, 0.50),
+            "ttft_p99_s": percentile(ttft_s, 0.99),
+            "itl_p50_s": percentile(gaps_s, 0.50),
+            "itl_p99_s": percentile(gaps_s, 0.99),
+            "finished_s": max(each.finish_s for each in done.served),
+            "events_per_s": done.events / done.wall_s,
+        }
+    return table
+
+
+def percentile(ordered: Sequence[float], fraction: float) -> float:
+    """Nearest rank; 0 of nothing."""
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0
 
 
 def fairness(

@@ -1,0 +1,78 @@
+"""Prompts that begin alike and are computed at the same time: what they share is computed once.
+
+Of a family, one member at a time goes ahead; the others wait, and take its KV over when it has come to
+the end of what they share. Who goes ahead needs a quota: if the first one has none in this quantum, the
+next takes over from where it is, so nobody waits for one that does not run, and each pays its part.
+
+Owner: the engine. Not here: who has what in common (seating.py), exact sequences (they share nothing).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from drivers.llamacpp.seating import Seating
+from drivers.llamacpp.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """`common_tokens`: what any two members have in common, at least."""
+
+    members: list[Sequence]
+    common_tokens: int
+
+    def behind(self) -> list[Sequence]:
+        return [member for member in self.members if member.computed < self.end(member)]
+
+    def end(self, member: Sequence) -> int:
+        """How far a member may take over what another has computed."""
+        return min(self.common_tokens, member.shareable_tokens)
+
+
+class Families:
+    """All families of one engine; a sequence is in one of them at most."""
+
+    def __init__(self, seating: Seating) -> None:
+        self._seating = seating
+        self._of: dict[int, Family] = {}  # by sequence
+
+    def join(self, sequence: Sequence, kin: Sequence, common_tokens: int) -> None:
+        """A new sequence has so many tokens in common with one that is not through with its prompt."""
+        family = self._of.get(kin.id) or Family([kin], common_tokens)
+        if 2 * common_tokens < family.common_tokens:
+            return  # the others have more in common than is worth giving up
+        family.common_tokens = min(common_tokens, family.common_tokens)
+        family.members.append(sequence)
+        self._of[kin.id] = self._of[sequence.id] = family
+
+    def leave(self, sequence: Sequence) -> None:
+        family = self._of.pop(sequence.id, None)
+        if family:
+            family.members.remove(sequence)
+
+    def prepare(self, quota_tokens: Mapping[int, int]) -> tuple[dict[int, int], set[int]]:
+        """Before a pass: (tokens taken over, by sequence; the sequences that wait)."""
+        taken: dict[int, int] = {}
+        waiting: set[int] = set()
+        for family in set(self._of.values()):
+            self._prepare(family, quota_tokens, taken, waiting)
+            if len(family.members) < 2 or not family.behind():
+                for member in family.members:
+                    del self._of[member.id]
+        return taken, waiting
+
+    def _prepare(
+        self, family: Family, quota_tokens: Mapping[int, int], taken: dict[int, int], waiting: set[int]
+    ) -> None:
+        first = max(family.members, key=lambda member: member.computed)
+        runnable = [member for member in family.behind() if quota_tokens.get(member.id, 0) > 0]
+        through = [member for member in runnable if family.end(member) <= first.computed]
+        others = [member for member in runnable if family.end(member) > first.computed]
+        if others and first not in others:
+            through.append(others.pop(0))  # goes ahead from here
+        waiting.update(member.id for member in others if member is not first)
+        for member in through:
+            before = member.computed
+            self._seating.take_over_from(first, member, min(family.end(member), first.computed))
+            if member.computed > before:
+                taken[member.id] = member.computed - before

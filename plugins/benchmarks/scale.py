@@ -1,0 +1,80 @@
+"""`bench scale`: what a scheduling decision costs, and what a queued process weighs, as they grow in number.
+
+A decision is what the scheduler does for each request that it grants: pick the thread with the best claim
+and charge it, in the production run queue, with every process ready and nice values mixed.
+Not here: what an engine costs (throughput).
+"""
+
+import gc
+import time
+import tracemalloc
+from collections.abc import Sequence
+
+from drivers.simmodel import SimModel
+from kernel.process import ProcessSpec
+from plugins.benchmarks.replay import Replay, percentile
+from plugins.benchmarks.trace import Request
+
+SIZES = (1_000, 10_000, 100_000)
+DECISIONS = 20_000
+NICES = (-10, -5, 0, 0, 0, 5, 10, 19)
+
+
+def scale(sizes: Sequence[int] = SIZES, decisions: int = DECISIONS) -> dict[str, object]:
+    """By number of processes: microseconds per decision and per spawn; then growth, and bytes."""
+    rows = {str(size): _decide(size, decisions) for size in sizes}
+    first, last = rows[str(sizes[0])], rows[str(sizes[-1])]
+    return {
+        "processes": rows,
+        "growth_p50": last["decision_p50_us"] / first["decision_p50_us"],
+        "growth_p99": last["decision_p99_us"] / first["decision_p99_us"],
+        "bytes_per_process": bytes_per_process(min(5_000, sizes[-1])),
+    }
+
+
+def _system() -> Replay:
+    return Replay([Request(0.0, "0", 1, 1)], SimModel(mean_tokens=0, sequences=4), "fair")
+
+
+def _spawn(replay: Replay, count: int) -> None:
+    for n in range(count):
+        replay.system.spawn(ProcessSpec("trace", ("w",), nice=NICES[n % len(NICES)]))
+
+
+def _decide(size: int, decisions: int) -> dict[str, float]:
+    replay = _system()
+    began_s = time.perf_counter()
+    _spawn(replay, size)
+    spawn_us = (time.perf_counter() - began_s) / size * 1e6
+    queue = replay.kernel.models["trace"].queue
+    for thread in list(queue):
+        queue.seat(thread, True)
+    times_ns = []
+    for _ in range(decisions):
+        at_ns = time.perf_counter_ns()
+        thread_picked = queue.pick()
+        assert thread_picked is not None
+        queue.charge(thread_picked, 2.0)
+        times_ns.append(time.perf_counter_ns() - at_ns)
+    times_ns.sort()
+    return {
+        "decision_p50_us": percentile(times_ns, 0.50) / 1000,
+        "decision_p99_us": percentile(times_ns, 0.99) / 1000,
+        "spawn_us": spawn_us,
+    }
+
+
+def bytes_per_process(count: int) -> float:
+    """Of the kernel's own: the specification, which the caller made, is counted too."""
+    replay = _system()
+    _spawn(replay, 16)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        _spawn(replay, count)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return (after - before) / count
