@@ -12,12 +12,13 @@ import hashlib
 import hmac
 import json
 import os
+import stat
 import struct
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kernel.errors import CheckpointInvalid, LlmosError
+from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
 from kernel.process import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
@@ -54,7 +55,11 @@ def model_digest(path: Path) -> str:
 
 
 def write(checkpoint: Checkpoint, path: Path, key: bytes) -> int:
-    """Write atomically, mode 0600: a temporary file, fsync, rename. Returns bytes. Raises LlmosError."""
+    """Write atomically, mode 0600: a temporary file, fsync, rename. Returns bytes.
+
+    Raises UsageError (no name), NotPermitted (it would replace something that is no checkpoint), LlmosError.
+    """
+    _check_target(path)
     blob = encode(checkpoint, key)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -69,6 +74,24 @@ def write(checkpoint: Checkpoint, path: Path, key: bytes) -> int:
             temporary.unlink(missing_ok=True)
         raise LlmosError(f"cannot write {path}: {error.strerror}") from error
     return len(blob)
+
+
+def _check_target(path: Path) -> None:
+    """The rename would replace a device, a link or somebody's notes as readily as an old checkpoint."""
+    if not path.name:
+        raise UsageError("a checkpoint needs a file name")
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise NotPermitted(f"{path} exists and is not a regular file")
+        if status.st_size:
+            with path.open("rb") as file:
+                if file.read(len(MAGIC)) != MAGIC:
+                    raise NotPermitted(f"{path} exists and is not a checkpoint", "choose another name")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise LlmosError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read(path: Path, key: bytes) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Prompt, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import CheckpointInvalid, ContextFull, LlmosError, WorkerDied
+from kernel.errors import CheckpointInvalid, ContextFull, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter
@@ -23,6 +23,7 @@ from kernel.process import Process, ProcessTable, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 
 QUANTA_IN_FLIGHT = 2
+DEATHS_MAX = 2  # of the engine while it opens one sequence
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
 
 
@@ -111,6 +112,7 @@ class Dispatcher:
                 worked |= self._close_vacated(model) | self._fill_seats(model)
             except WorkerDied as error:
                 self._lost(model, error)
+                worked = True
         while len(self.flights) < QUANTA_IN_FLIGHT and self._launch():
             worked = True
         if self.flights:
@@ -209,6 +211,7 @@ class Dispatcher:
                 opened_tokens, computed = self._open_sequence(model, thread)
                 break
             except WorkerDied:
+                self._suspect(thread)
                 raise
             except LlmosError as error:
                 if not self._next_item(thread, error):
@@ -224,6 +227,15 @@ class Dispatcher:
             if thread in model.queue:
                 model.queue.seat(thread, True)
                 process.state, process.waits_for = State.RUNNABLE, ""
+
+    def _suspect(self, thread: Thread) -> None:
+        """The engine died while it opened this sequence: a second time, and the prompt is to blame."""
+        thread.deaths += 1
+        if thread.deaths >= DEATHS_MAX:
+            fault = KernelFault("the engine died twice on this prompt", "`dmesg` shows its last words")
+            with self.table.lock:
+                if thread.process.alive:
+                    self.life.ended(thread.process, fault.exit_code, fault)
 
     def _open_sequence(self, model: Model, thread: Thread) -> tuple[tuple[int, ...], int]:
         """Returns the tokens of a new prompt and how many of the tokens have their KV already."""

@@ -5,8 +5,8 @@ scheduler's use of it. Virtual time V advances by (service / total weight); a me
 less than V says (lag >= 0) is eligible, and among the eligible the nearest virtual deadline wins.
 Pure: no clock, no locks, no threads. Every operation is O(log n), amortised.
 
-A member may be *ready* (it has a seat in the KV cache and can be picked), *waiting* for a seat, or, as a
-group can, both. Each counts in the total weight, so a member that only waits builds up lag.
+A member may be *ready*, to be picked for a turn, or *waiting* for a seat in the KV cache (for one more, if
+it is a group). Each counts in the total weight, so one that waits builds up lag.
 Other policies order the same accounts in other ways (policy).
 Not here: what a seat is, how long a quantum is (scheduler), groups (runqueue).
 """
@@ -91,22 +91,25 @@ class FairQueue(Generic[Entity]):
 
     # Members
 
-    def join(self, entity: Entity, weight: float, lag: float = 0.0) -> None:
-        """Become runnable, with the lag (in service units) kept from the last `leave`; `place` comes next.
+    def join(self, entity: Entity, weight: float, lag: float = 0.0, *, ready: bool = True) -> None:
+        """Become a member, with the lag (in service units) kept from the last `leave`.
 
         What it is owed, the others owe together; of one who comes alone, there is nobody to owe it.
         """
-        lag = lag if self._members else 0.0
-        self.virtual -= lag / self.weight if self._members else 0.0
-        self.weight += weight
         self._turn += 1
-        vruntime = self.virtual - lag / weight
-        self._members[entity] = Member(entity, weight, vruntime, self._turn, self._turn, self._ideal)
+        member = Member(entity, weight, self.virtual, self._turn, self._turn, self._ideal)
+        if self._members:
+            self.virtual -= lag / self.weight
+            member.vruntime = self.virtual - lag / weight
+        self.weight += weight
+        self._members[entity] = member
+        member.ready = ready
+        self._enter(member)
 
     def leave(self, entity: Entity) -> float:
         """Stop being runnable; returns the lag. The others share what it leaves behind."""
         member = self._members.pop(entity)
-        lag = (self.virtual - member.vruntime) * member.weight
+        lag = self._lag(member)
         self.weight -= member.weight
         if self._members:
             self.virtual += lag / self.weight
@@ -120,18 +123,18 @@ class FairQueue(Generic[Entity]):
         """Renice, keeping lag."""
         self.take_due(entity)
         member = self._members[entity]
-        lag = (self.virtual - member.vruntime) * member.weight
+        lag = self._lag(member)
         self.weight += weight - member.weight
         member.weight = weight
         member.vruntime = self.virtual - lag / weight
         self._enter(member)
 
     def place(self, entity: Entity, *, held: int, waiting: bool) -> None:
-        """Say how many seats it has (ready, if any) and whether it waits for one more."""
+        """Say how many seats it has, and whether it waits for one more."""
         member = self._members[entity]
         if held > member.held:
             member.spent_units = 0.0
-        member.held, member.ready, member.waiting = held, held > 0, waiting
+        member.held, member.waiting = held, waiting
         self._enter(member)
 
     # Accounts
@@ -139,8 +142,8 @@ class FairQueue(Generic[Entity]):
     def charge(self, entity: Entity, units: float) -> None:
         """Count service, as it is granted; what was granted and not used comes back as a negative charge."""
         member = self._members[entity]
-        member.vruntime += units / member.weight
         member.spent_units += units
+        member.vruntime += units / member.weight
         self.virtual += units / self.weight
         if units > 0.0:
             self._turn += 1
@@ -167,8 +170,7 @@ class FairQueue(Generic[Entity]):
 
     def lag(self, entity: Entity) -> float:
         """Service units it is owed (negative: it is ahead)."""
-        member = self._members[entity]
-        return (self.virtual - member.vruntime) * member.weight
+        return self._lag(self._members[entity])
 
     def outranks(self, waiting: Entity, seated: Entity) -> bool:
         """Whether one who waits should have the seat of another."""
@@ -230,6 +232,9 @@ class FairQueue(Generic[Entity]):
         assert abs(lag) <= 1e-6 * max(1.0, abs(self.virtual) * total), lag
         for heap in (self._ready, self._early, self._waiting):
             assert len(heap) <= self._room(), (len(heap), len(self))
+
+    def _lag(self, member: Member[Entity]) -> float:
+        return (self.virtual - member.vruntime) * member.weight
 
     def _promote(self) -> None:
         """Those whose time has come may be picked again."""

@@ -86,6 +86,7 @@ class Journal:
         self._dirty: dict[Process, None] = {}  # guarded by _changed; a set that keeps order
         self._items: dict[int, int] = {}  # replies written so far, by PID; guarded by _writing
         self._closed = False  # guarded by _changed
+        self._frozen = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
@@ -102,6 +103,8 @@ class Journal:
 
     def mark(self, process: Process) -> None:
         """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
+        if self._frozen:
+            return
         with self._changed:
             if not self._dirty:
                 self._changed.notify()
@@ -114,17 +117,26 @@ class Journal:
                 dirty, self._dirty = list(self._dirty), {}
             with self._table_lock:
                 rows = [self._row(process) for process in dirty]
-            with self._failing():
-                self._write(rows)
+            if not self._frozen:
+                with self._failing():
+                    self._write(rows)
+
+    def freeze(self) -> None:
+        """Write nothing more, and keep the file: what runs now is to be found by `resume`.
+
+        No lock is taken: a signal handler may call this.
+        """
+        self._frozen = True
 
     def close(self) -> None:
-        """Stop, and remove the file: nothing is left to go on with."""
+        """Stop. The file goes, unless it is frozen."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
         self._database.close()
-        discard(self.file)
+        if not self._frozen:
+            discard(self.file)
         os.close(self._lock_handle)
 
     def _run(self) -> None:

@@ -149,7 +149,7 @@ class Kernel:
 
     def spawn(self, spec: ProcessSpec, ppid: int = 1) -> Process:
         check_spec(spec)
-        entry = self.catalog.resolve(spec.model)
+        entry = self.residency.resolve(spec.model)
         options = (
             EngineOptions(context_tokens=spec.context_tokens) if spec.context_tokens else self.parts.options
         )

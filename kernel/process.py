@@ -76,19 +76,23 @@ def check_nice(nice: int) -> None:
 def check_spec(spec: ProcessSpec) -> None:
     """Raises UsageError."""
     check_nice(spec.nice)
-    sampling = spec.sampling
     if spec.program != "generate":
         raise UsageError(f"no program {spec.program}")
     if not spec.prompts or not all(prompt.strip() for prompt in spec.prompts):
         raise UsageError("the prompt is empty", "give words, -f FILE, or standard input")
-    if not 0.0 <= sampling.temperature <= 100.0:
-        raise UsageError(f"temperature {sampling.temperature} is out of range", "0 (greedy) to 100")
-    if not (0.0 <= sampling.top_p <= 1.0 and 0.0 <= sampling.min_p <= 1.0 and sampling.top_k >= 0):
-        raise UsageError("top_p and min_p are between 0 and 1, top_k is 0 (off) or more")
-    if not (0 <= sampling.seed < 2**63) or spec.max_tokens < 0 or spec.context_tokens < 0:
-        raise UsageError("seed, max_tokens and ctx are 0 or more")
-    if sampling.repeat_penalty <= 0.0:
-        raise UsageError("repeat_penalty is above 0; 1 is off")
+    sampling = spec.sampling
+    for name, value, least, most in (
+        ("temperature", sampling.temperature, 0.0, 100.0),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("top_k", sampling.top_k, 0, 2**31 - 1),
+        ("repeat_penalty", sampling.repeat_penalty, 0.01, 100.0),
+        ("seed", sampling.seed, 0, 2**63 - 1),
+        ("max_tokens", spec.max_tokens, 0, 2**31 - 1),
+        ("ctx", spec.context_tokens, 0, 2**31 - 1),
+    ):
+        if not least <= value <= most:
+            raise UsageError(f"{name} {value} is out of range", f"{least} to {most}")
 
 
 def spec_from(values: dict[str, Any]) -> ProcessSpec:
@@ -133,6 +137,7 @@ class Thread:
     computed: int = 0  # tokens whose KV exists
     kv: bytes | None = field(default=None, repr=False)  # KV state swapped out to RAM
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
+    deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
 
     @property

@@ -37,7 +37,7 @@ class Recovery:
 
         spec = saved.spec if nice is None else replace(saved.spec, nice=nice)
         check_spec(spec)
-        entry = self.kernel.catalog.resolve(spec.model)
+        entry = self.kernel.residency.resolve(spec.model)
         if checkpoint.model_digest(entry.path) != saved.model_digest:
             raise CheckpointInvalid(
                 f"{origin} was saved with another file than {entry.path}",
@@ -95,6 +95,11 @@ class Recovery:
             if self.journal is not None:
                 self.journal.flush()  # it is safe in ours before it leaves the other
             return process
+
+    def freeze(self) -> None:
+        """From now on, what ends is to be resumed."""
+        if self.journal is not None:
+            self.journal.freeze()
 
     def forget_orphans(self) -> None:
         from kernel import journal

@@ -4,6 +4,7 @@ Owner: the kernel. Lock: the process table's; none is held while a driver loads 
 Not here: the loading itself (loader), a model's record (models).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
     from kernel.kernel import Kernel
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A `CatalogEntry`."""
+
+    name: str
+    path: Path
+    description: str
+
+
+def _named(model: Model) -> Named:
+    return Named(model.name, model.info.path, model.description)
+
+
 class Residency:
     """The models in use, by name."""
 
@@ -37,20 +51,31 @@ class Residency:
             parts.config, parts.clock, kernel.ledger, kernel.log, self._load_done, threaded=parts.threaded
         )
 
+    def resolve(self, word: str) -> CatalogEntry:
+        """What a user means by a name or a path: first a model in use, then the catalog.
+
+        Two files of one name are told apart: the second to be used goes by its path. Raises as the catalog.
+        """
+        with self.kernel.table.lock:
+            if word in self.records:
+                return _named(self.records[word])
+        entry = self.kernel.catalog.resolve(word)
+        with self.kernel.table.lock:
+            for model in self.records.values():
+                if model.info.path == entry.path:
+                    return _named(model)
+            if entry.name in self.records:
+                return Named(str(entry.path), entry.path, entry.description)
+        return entry
+
     def want(self, entry: CatalogEntry, options: EngineOptions, *, explicit: bool = False) -> Model:
         """The record of a model that is open or on its way; starts the load if need be."""
         with self.kernel.table.lock:
             model = self._present(entry.name)
         if model is None:
             driver = self.driver(entry.path)
-            fresh = Model(
-                entry.name,
-                entry.description,
-                driver.inspect(entry.path),
-                driver,
-                driver.devices()[0],
-                options,
-            )
+            info = driver.inspect(entry.path)
+            fresh = Model(entry.name, entry.description, info, driver, driver.devices()[0], options)
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
@@ -58,8 +83,24 @@ class Residency:
                     model = self.records[entry.name] = fresh
             if model is fresh:
                 self._begin_load(fresh)
+        if model.options != options:
+            self._check_options(model, options)
         model.wanted |= explicit
         return model
+
+    @staticmethod
+    def _check_options(model: Model, asked: EngineOptions) -> None:
+        """A model that is open stays as it is: say so, rather than ignore what was asked."""
+        has = model.host.info if model.host else model.options
+        for name, value, there in (
+            ("--ctx", asked.context_tokens, (has.context_tokens, model.options.context_tokens)),
+            ("--seats", asked.sequences, (has.sequences, model.options.sequences)),
+        ):
+            if value and value not in there:
+                raise NotPermitted(
+                    f"{model.name} is loaded with {name} {there[0]}, not {value}",
+                    f"`unload {model.name}` first",
+                )
 
     def _begin_load(self, model: Model) -> None:
         try:
@@ -122,6 +163,9 @@ class Residency:
         dispatcher.wake_up()
 
     def _load_failed(self, model: Model, error: LlmosError) -> None:
+        if isinstance(error, WorkerDied) and model.restarts_s:  # died again while it was opened again
+            self.worker_died(model, error)
+            return
         self.kernel.log("error", model.name, error.message)
         if self.records.get(model.name) is model:  # not if a newer load has taken its place
             self.kernel.ledger.release(model.device.pool, model.name)
@@ -145,8 +189,9 @@ class Residency:
             self.fail_users(model, fault)
 
     def unload(self, name: str) -> int:
+        entry = self.resolve(name)
         with self.kernel.table.lock:
-            model = self.records.get(self.kernel.catalog.resolve(name).name)
+            model = self.records.get(entry.name)
             if model is None or model.state is ModelState.FAILED:
                 raise NotPermitted(f"{name} is not loaded")
             if model.users:
@@ -172,7 +217,7 @@ class Residency:
 
     def record(self, name: str) -> Model:
         """Raises ModelNotFound."""
-        entry = self.kernel.catalog.resolve(name)
+        entry = self.resolve(name)
         model = self.records.get(entry.name)
         if model is None:
             raise ModelNotFound(f"{entry.name} is not loaded")

@@ -1,8 +1,11 @@
 """The run queue of a model: its runnable threads, alone or in groups.
 
-Two levels. Across, a fair queue shares out service among *claimants*: a thread that stands for itself, or
-a group. Within a group, another one divides it equally among the threads that have seats; seats within a
-group are first come, first served.
+Service is shared out among *claimants*: a thread that stands for itself, or a group. There are two accounts.
+*Claims* are of all that are runnable, and decide who gets a seat in the KV cache: who waits for one is owed
+more and more. *Turns* are of those who have one, and decide who runs: what one was owed for waiting is not
+paid all at once, for a batch of one is slow; he keeps his seat for longer. While there are seats for all,
+the two agree. Within a group, a queue of its own divides turns equally among the threads that have seats;
+seats within a group are first come, first served.
 Owner: the model. Lock: the process table's. Every operation is O(log n), amortised, but for `victim`
 (O(seats)), `set_policy` and `set_terms`.
 Not here: how claims are weighed (fairness, policy).
@@ -52,7 +55,6 @@ class Party:
             self._pool()
         else:
             self._turns.join(thread, 1.0)
-            self._turns.place(thread, held=1, waiting=False)
 
     def rise(self, thread: Thread) -> None:
         """Off its seat, or out of the line for one."""
@@ -85,7 +87,6 @@ class Party:
             turns.reweight(None, weight)
         elif weight:
             turns.join(None, weight, self._pool_lag)
-            turns.place(None, held=1, waiting=False)
         elif None in turns:
             self._pool_lag = turns.leave(None)
 
@@ -96,10 +97,11 @@ Claimant = Thread | Party
 class RunQueue:
     """Who is runnable on one model, and who is next."""
 
-    __slots__ = ("_fair", "_parties", "_size")
+    __slots__ = ("_claims", "_parties", "_size", "_turns")
 
     def __init__(self, policy: Policy = FAIR) -> None:
-        self._fair: FairQueue[Claimant] = FairQueue(policy)
+        self._claims: FairQueue[Claimant] = FairQueue(policy)  # of all
+        self._turns: FairQueue[Claimant] = FairQueue(policy)  # of those with seats
         self._parties: dict[Group, Party] = {}
         self._size = 0
 
@@ -108,10 +110,10 @@ class RunQueue:
 
     def __contains__(self, thread: Thread) -> bool:
         claimant = self._claimant(thread)
-        return thread in claimant if isinstance(claimant, Party) else claimant in self._fair
+        return thread in claimant if isinstance(claimant, Party) else claimant in self._claims
 
     def __iter__(self) -> Iterator[Thread]:
-        for claimant in self._fair:
+        for claimant in self._claims:
             if isinstance(claimant, Party):
                 yield from claimant.marks
             else:
@@ -119,11 +121,11 @@ class RunQueue:
 
     @property
     def weight(self) -> float:
-        return self._fair.weight
+        return self._claims.weight
 
     @property
     def policy(self) -> Policy:
-        return self._fair.policy
+        return self._claims.policy
 
     # Members
 
@@ -135,13 +137,13 @@ class RunQueue:
             if claimant:
                 self._pay(claimant)
             else:
-                self._fair.join(claimant, claimant.group.weight, claimant.lag)
+                self._claims.join(claimant, claimant.group.weight, claimant.lag, ready=False)
             claimant.marks[thread] = claimant.clock
             claimant.sit(thread) if seated else claimant.waiting.update({thread: None})
-            self._place(claimant)
+            self._place(claimant, claimant.held, waiting=bool(claimant.waiting))
         else:
-            self._fair.join(thread, thread.weight, thread.lag)
-            self._fair.place(thread, held=int(seated), waiting=not seated)
+            self._claims.join(thread, thread.weight, thread.lag, ready=False)
+            self._place(thread, int(seated), waiting=not seated)
 
     def leave(self, thread: Thread) -> float:
         """Stop being runnable; returns the service units it was due since the last `take_due`."""
@@ -151,9 +153,11 @@ class RunQueue:
             claimant.rise(thread)
             del claimant.marks[thread]
             if claimant:
-                self._place(claimant)
+                self._place(claimant, claimant.held, waiting=bool(claimant.waiting))
                 return due
-        claimant.lag = self._fair.leave(claimant)
+        if claimant in self._turns:
+            self._turns.leave(claimant)
+        claimant.lag = self._claims.leave(claimant)
         return due
 
     def reweight(self, thread: Thread) -> None:
@@ -162,7 +166,9 @@ class RunQueue:
         weight = claimant.group.weight if isinstance(claimant, Party) else thread.weight
         if isinstance(claimant, Party):
             self._pay(claimant)
-        self._fair.reweight(claimant, weight)
+        self._claims.reweight(claimant, weight)
+        if claimant in self._turns:
+            self._turns.reweight(claimant, weight)
 
     def seat(self, thread: Thread, seated: bool) -> None:
         """It got its seat, or lost it."""
@@ -170,13 +176,14 @@ class RunQueue:
         if isinstance(claimant, Party):
             claimant.rise(thread)
             claimant.sit(thread) if seated else claimant.waiting.update({thread: None})
-            self._place(claimant)
+            self._place(claimant, claimant.held, waiting=bool(claimant.waiting))
         else:
-            self._fair.place(thread, held=int(seated), waiting=not seated)
+            self._place(thread, int(seated), waiting=not seated)
 
     def set_policy(self, policy: Policy) -> None:
         """Go on under another policy; what is owed is forgotten. Call `take_due` before."""
-        old, self._fair = list(self), FairQueue(policy, self._fair.terms)
+        old, terms = list(self), self._claims.terms
+        self._claims, self._turns = FairQueue(policy, terms), FairQueue(policy, terms)
         seated = [thread.seat is not None for thread in old]
         self._parties.clear()
         self._size = 0
@@ -185,90 +192,106 @@ class RunQueue:
             self.join(thread, seated=has_seat)
 
     def set_terms(self, terms: Terms) -> None:
-        self._fair.set_terms(terms)
+        self._claims.set_terms(terms)
+        self._turns.set_terms(terms)
 
     # Accounts
 
     def charge(self, thread: Thread, units: float) -> None:
         """Count service, as it is granted; a negative charge gives back what was not used."""
         claimant = self._claimant(thread)
-        if claimant not in self._fair:
+        if claimant not in self._claims:
             claimant.lag -= units
             return
-        self._fair.charge(claimant, units)
+        self._claims.charge(claimant, units)
+        if claimant in self._turns:
+            self._turns.charge(claimant, units)
         if isinstance(claimant, Party):
             claimant.charge(thread, units)
 
     def served(self, units: float) -> None:
         """Service was given, to whomever: the ideal clock advances."""
-        self._fair.served(units)
+        self._claims.served(units)
 
     def due(self, thread: Thread) -> float:
         """Service units it was entitled to since the last `take_due`."""
         claimant = self._claimant(thread)
         if not isinstance(claimant, Party):
-            return self._fair.due(thread)
-        rest = self._fair.due(claimant) / len(claimant)
+            return self._claims.due(thread)
+        rest = self._claims.due(claimant) / len(claimant)
         return claimant.clock + rest - claimant.marks[thread]
 
     def take_due(self, thread: Thread) -> float:
         """Settle `due`: what follows counts from here."""
         claimant = self._claimant(thread)
         if not isinstance(claimant, Party):
-            return self._fair.take_due(thread)
+            return self._claims.take_due(thread)
         self._pay(claimant)
         due = claimant.clock - claimant.marks[thread]
         claimant.marks[thread] = claimant.clock
         return due
 
     def standing(self, thread: Thread) -> float:
-        """Its claimant's weight over the average claimant's."""
-        return self._fair.weight_of(self._claimant(thread)) * len(self._fair) / self._fair.weight
+        """The weight of its claimant over the average of those with seats."""
+        turns = self._turns
+        return turns.weight_of(self._claimant(thread)) * len(turns) / turns.weight
 
     def lag(self, thread: Thread) -> float:
-        """Service units that it, or its group, is owed."""
-        return self._fair.lag(self._claimant(thread))
+        """Service units that it, or its group, is owed: of its turns, or for waiting if it has no seat."""
+        claimant = self._claimant(thread)
+        return (self._turns if claimant in self._turns else self._claims).lag(claimant)
 
     # Order
 
     def pick(self) -> Thread | None:
         """The seated thread with the best claim; it stays."""
-        claimant = self._fair.pick()
+        claimant = self._turns.pick()
         return claimant.pick() if isinstance(claimant, Party) else claimant
 
     def first_waiting(self) -> Thread | None:
         """The thread with the best claim to a seat, of those that wait for one."""
-        claimant = self._fair.first_waiting()
+        claimant = self._claims.first_waiting()
         return next(iter(claimant.waiting)) if isinstance(claimant, Party) else claimant
 
     def victim(self, waiting: Thread, seated: Iterable[Thread]) -> Thread | None:
         """Of runnable threads, the one whose seat should go to one that waits: the most ahead."""
-        claimant, fair = self._claimant(waiting), self._fair
+        claimant, claims = self._claimant(waiting), self._claims
         others = [(self._claimant(thread), thread) for thread in seated]
-        outranked = [pair for pair in others if pair[0] is not claimant and fair.outranks(claimant, pair[0])]
+        outranked = [
+            pair for pair in others if pair[0] is not claimant and claims.outranks(claimant, pair[0])
+        ]
         if not outranked:
             return None
-        return max(outranked, key=lambda pair: (fair.vruntime(pair[0]), -pair[1].computed))[1]
+        return max(outranked, key=lambda pair: (claims.vruntime(pair[0]), -pair[1].computed))[1]
 
     def check_integrity(self) -> None:
         """Raises AssertionError."""
-        self._fair.check_integrity()
+        self._claims.check_integrity()
+        self._turns.check_integrity()
         assert sum(1 for _ in self) == self._size
         for party in self._parties.values():
-            assert bool(party) == (party in self._fair), party.group
+            assert bool(party) == (party in self._claims), party.group
 
     def _claimant(self, thread: Thread) -> Claimant:
         group = thread.process.group
-        if group is None or not self._fair.policy.grouped:
+        if group is None or not self._claims.policy.grouped:
             return thread
         party = self._parties.get(group)
         if party is None:
             party = self._parties[group] = Party(group)
         return party
 
-    def _place(self, party: Party) -> None:
-        self._fair.place(party, held=party.held, waiting=bool(party.waiting))
+    def _place(self, claimant: Claimant, held: int, *, waiting: bool) -> None:
+        """Its seats have changed: those with seats take turns."""
+        claims, turns = self._claims, self._turns
+        claims.place(claimant, held=held, waiting=waiting)
+        if held and claimant not in turns:
+            request = claims.terms.request_units
+            lag = max(-request, min(request, claims.lag(claimant)))
+            turns.join(claimant, claims.weight_of(claimant), lag)
+        elif not held and claimant in turns:
+            turns.leave(claimant)
 
     def _pay(self, party: Party) -> None:
         """Bring the group's clock up to date, before the number of its threads changes."""
-        party.clock += self._fair.take_due(party) / len(party)
+        party.clock += self._claims.take_due(party) / len(party)

@@ -96,7 +96,6 @@ class Scheduler:
             self.models.reweight(model, model.queue.weight)
         elif wants:
             self.models.join(model, model.queue.weight)
-            self.models.place(model, held=1, waiting=False)
         elif model in self.models:
             self.models.leave(model)
 

@@ -1,19 +1,27 @@
 """Streams: the output of a process, kept whole, read by anyone at any offset.
 
-Owner: the process. Lock: one per stream, held for one string operation; it is a leaf, like a mailbox's.
+Owner: the process. Lock: one of a few that all streams share (a hundred thousand processes may be queued,
+and a lock of its own is heavier than the rest of one), held for one string operation; it is a leaf, like
+a mailbox's.
 Not here: files and terminals (the shell copies from here to there).
 """
 
 import io
+import itertools
 import threading
+
+_SHARED = tuple(threading.Condition() for _ in range(32))
+_next = itertools.cycle(_SHARED)
 
 
 class Stream:
     """Append-only text with a condition to wait on. Offsets count characters."""
 
+    __slots__ = ("_closed", "_length", "_ready", "_text")
+
     def __init__(self) -> None:
-        self._ready = threading.Condition()
-        self._text = io.StringIO()  # guarded by _ready
+        self._ready = next(_next)
+        self._text: io.StringIO | None = None  # guarded by _ready; made by the first write
         self._length = 0  # guarded by _ready
         self._closed = False  # guarded by _ready
 
@@ -24,6 +32,8 @@ class Stream:
         if not text:
             return
         with self._ready:
+            if self._text is None:
+                self._text = io.StringIO()
             self._text.seek(self._length)
             self._length += self._text.write(text)
             self._ready.notify_all()
@@ -40,6 +50,7 @@ class Stream:
         """
         with self._ready:
             self._ready.wait_for(lambda: self._length > offset or self._closed, timeout_s)
+            if self._text is None:
+                return "", 0, self._closed
             self._text.seek(max(0, min(offset, self._length)))
-            text = self._text.read()
-            return text, self._length, self._closed
+            return self._text.read(), self._length, self._closed

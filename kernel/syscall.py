@@ -150,6 +150,10 @@ class Syscalls:
         """Continue one of them as a new process; returns its PID. Raises as `restore`."""
         return self._kernel.recovery.resume(process).pid
 
+    def freeze(self) -> None:
+        """LLMOS is told to go: leave what runs in the journal, for `resume`. Safe in a signal handler."""
+        self._kernel.recovery.freeze()
+
     def forget_orphans(self) -> None:
         """Throw the journals of dead LLMOSes away."""
         self._kernel.recovery.forget_orphans()
@@ -164,7 +168,7 @@ class Syscalls:
         kernel = self._kernel
         if options == EngineOptions():
             options = kernel.parts.options
-        record = kernel.residency.want(kernel.catalog.resolve(model), options, explicit=True)
+        record = kernel.residency.want(kernel.residency.resolve(model), options, explicit=True)
         with self._table.lock:
             return record.view()
 
@@ -201,7 +205,7 @@ class Syscalls:
     def inspect(self, model: str) -> tuple[ModelInfo, Estimate]:
         """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
         kernel = self._kernel
-        entry = kernel.catalog.resolve(model)
+        entry = kernel.residency.resolve(model)
         driver = kernel.residency.driver(entry.path)
         info = driver.inspect(entry.path)
         return info, driver.estimate(info, kernel.parts.options)

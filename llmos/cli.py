@@ -5,6 +5,7 @@ Not here: what commands do (shell), how things are put together (boot).
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
+    for name in ("stdout", "stderr"):  # closed by whoever started us
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     options = parser().parse_args(argv)
     try:
         return _run(options)
@@ -67,6 +71,17 @@ def main(argv: list[str] | None = None) -> int:
         return 125
 
 
+def _unwind_on_signals(machine: "Machine") -> None:
+    """Told to go: leave the terminal as it was, and what runs in the journal, for `resume`."""
+
+    def leave(number: int, _: object) -> None:
+        machine.system.freeze()
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+
+
 def _run(options: argparse.Namespace) -> int:
     from llmos.boot import boot
 
@@ -74,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
     arguments = tuple(options.words) if script is not None else ()
     machine = boot({"config": options.config}, plugins=not options.no_plugins, arguments=arguments)
     machine.shell.json = options.json
+    _unwind_on_signals(machine)
     try:
         return _serve(machine, options, script)
     finally:
@@ -122,7 +138,7 @@ def _is_typed() -> bool:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text("utf-8", "surrogateescape")
+        return file.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}") from error
 

@@ -65,7 +65,7 @@ def load_config(
     exist. `flags` holds what the command line set; a None in it was not set. `folder` is where the
     project's file is looked for: the current one.
     """
-    here = folder or Path.cwd()
+    here = folder or _current_folder()
     set_flags = {key: value for key, value in (flags or {}).items() if value is not None}
     named = set_flags.pop("config", None) or environ.get("LLMOS_CONFIG")
     merged: dict[str, Any] = {}
@@ -81,6 +81,13 @@ def load_config(
         flag = f"--{key.replace('_', '-')}"
         merged[key] = _read(Source(flag, here, as_text=True), key, value)
     return Config(**merged)
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder has been removed", "`cd` to another one") from None
 
 
 def _merge_file(merged: dict[str, Any], path: Path, required: bool = False) -> None:

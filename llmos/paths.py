@@ -82,6 +82,8 @@ def expand(text: str, folder: Path | None = None) -> Path:
         path = Path(text).expanduser()
     except RuntimeError:  # "~" of a user who has no home
         path = Path(text)
+    if path.is_absolute():
+        return path  # also where the current folder is gone
     return (folder or Path.cwd()) / path
 
 

@@ -126,6 +126,38 @@ def test_a_prompt_of_invalid_utf8() -> None:
     assert len(piped.stdout.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    "prompt", [b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xed\xa0\x80 ps", b"\xc0\xaf"]
+)
+def test_bytes_that_look_like_utf8_do_not_hurt_the_engine(prompt: bytes) -> None:
+    done = llmos("run", "nano", "--temp", "0", "--lines", stdin=prompt + b"\nwhat is running?\n")
+    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, [b"ps"]), done.stderr
+
+
+def test_two_files_of_one_name_are_two_models(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_random(tmp_path / folder / "twin.gguf", Recipe(seed=ord(folder)))
+    a, b = tmp_path / "a" / "twin.gguf", tmp_path / "b" / "twin.gguf"
+    run = "--temp 0 --max-tokens 8 --ignore-eos x"
+    done = llmos(
+        "-c", f"load {a}; load {b}; run {a} {run}; run {b} {run}; unload {b}; unload twin"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[:2]
+    assert first != second
+
+
+def test_told_to_go_it_leaves_its_work_for_resume(tmp_path: Path) -> None:
+    child = subprocess.Popen([*LLMOS, "-c", f"run nano --lines --temp 0 -f {REQUESTS} > {tmp_path}/out.txt"])
+    time.sleep(1.2)
+    child.terminate()
+    assert child.wait(20) == 143
+    done = llmos("--resume")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.txt").read_text().splitlines()) == 400
+
+
 def test_a_worker_killed_from_outside_during_generation(tmp_path: Path) -> None:
     """Its job goes on by itself, with the same 400 answers; 318 of them are known to be right."""
     child = shell()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kernel.checkpoint import Checkpoint, decode, encode, read, write
 from kernel.device import Sampling
-from kernel.errors import CheckpointInvalid, LlmosError
+from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
 from kernel.process import ProcessSpec
 
 KEY = b"k" * 32
@@ -90,6 +90,19 @@ def test_a_header_that_lies_is_refused(change: dict[str, object]) -> None:
     forged = body + hashlib.sha256(body).digest() + bytes(32)
     with pytest.raises(CheckpointInvalid, match="makes no sense"):
         decode(forged, KEY)
+
+
+def test_only_checkpoints_are_replaced(tmp_path: Path) -> None:
+    notes, link, folder = tmp_path / "notes.txt", tmp_path / "link", tmp_path / "folder"
+    notes.write_text("precious")
+    link.symlink_to(notes)
+    folder.mkdir()
+    for target in (notes, link, folder, Path("/dev/null")):
+        with pytest.raises(NotPermitted, match="exists and is not"):
+            write(STATE, target, KEY)
+    with pytest.raises(UsageError):
+        write(STATE, Path(), KEY)
+    assert notes.read_text() == "precious" and link.is_symlink()
 
 
 def test_a_full_disk_leaves_nothing_behind() -> None:

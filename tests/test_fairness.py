@@ -19,7 +19,6 @@ TERMS = Terms(request_units=REQUEST, seat_units=500.0)
 class Account:
     weight: float
     vruntime: float
-    ready: bool
 
 
 class Naive:
@@ -41,10 +40,10 @@ class Naive:
 
     def join(self, n: int, weight: float, lag: float) -> None:
         if not self.members:
-            self.members[n] = Account(weight, 0.0, True)
+            self.members[n] = Account(weight, 0.0)
             return
         virtual = self.virtual - lag / self.weight
-        self.members[n] = Account(weight, virtual - lag / weight, True)
+        self.members[n] = Account(weight, virtual - lag / weight)
 
     def reweight(self, n: int, weight: float) -> None:
         member, virtual, lag = self.members[n], self.virtual, self.lag(n)
@@ -55,11 +54,10 @@ class Naive:
 
     def may_pick(self, n: int) -> bool:
         """Whether `n` is ready, eligible, and nobody eligible has a nearer deadline."""
-        ready = [k for k, m in self.members.items() if m.ready]
         slack = 1e-6 * max(1.0, abs(self.virtual))
-        eligible = [k for k in ready if self.members[k].vruntime <= self.virtual - slack]
+        eligible = [k for k in self.members if self.members[k].vruntime <= self.virtual - slack]
         if not eligible and self.members[n].vruntime > self.virtual + slack:
-            return self.members[n].vruntime <= min(self.members[k].vruntime for k in ready) + slack
+            return self.members[n].vruntime <= min(m.vruntime for m in self.members.values()) + slack
         return self.members[n].vruntime <= self.virtual + slack and all(
             self.deadline(n) <= self.deadline(k) + slack for k in eligible
         )
@@ -80,7 +78,6 @@ class Pair:
         if back and self.left:
             _, lag = self.left.popitem()
         self.queue.join(self.count, weight_of(nice), lag)
-        self.queue.place(self.count, held=1, waiting=False)
         self.naive.join(self.count, weight_of(nice), lag)
         self.count += 1
 
@@ -104,10 +101,6 @@ class Pair:
         self.queue.reweight(n, weight_of(nice))
         self.naive.reweight(n, weight_of(nice))
 
-    def seat(self, n: int, ready: bool) -> None:
-        self.queue.place(n, held=int(ready), waiting=not ready)
-        self.naive.members[n].ready = ready
-
     def check(self) -> None:
         self.queue.check_integrity()
         total = sum(map(self.queue.lag, self.naive.members))
@@ -122,7 +115,6 @@ OPS = st.lists(
         st.tuples(st.just("join"), NICES, st.booleans()),
         st.tuples(st.just("leave"), st.integers(0, 99)),
         st.tuples(st.just("reweight"), st.integers(0, 99), NICES),
-        st.tuples(st.just("seat"), st.integers(0, 99), st.booleans()),
         st.tuples(st.just("refund"), st.integers(0, 99), st.floats(0.5, REQUEST)),
         *[st.tuples(st.just("serve"), st.floats(0.5, REQUEST))] * 4,
     ),
@@ -138,13 +130,10 @@ def test_it_does_what_the_naive_model_does(ops: list[tuple[object, ...]]) -> Non
     pair.join(3, False)
     for name, *arguments in ops:
         members = list(pair.naive.members)
-        if name in ("leave", "reweight", "seat", "refund"):
+        if name in ("leave", "reweight", "refund"):
             if len(members) < 2:
                 continue
             arguments[0] = members[int(arguments[0]) % len(members)]  # type: ignore[call-overload]
-        if name == "serve" and not any(m.ready for m in pair.naive.members.values()):
-            assert pair.queue.pick() is None
-            continue
         getattr(pair, str(name))(*arguments)
         pair.check()
 
@@ -158,10 +147,9 @@ def test_it_still_does_after_many_turns(seed: int) -> None:
         n = rng.choice(list(pair.naive.members))
         turn = rng.random()
         if turn < 0.9:
-            if any(m.ready for m in pair.naive.members.values()):
-                pair.serve(rng.choice((1.0, 2.0, 8.0, REQUEST)))
+            pair.serve(rng.choice((1.0, 2.0, 8.0, REQUEST)))
         elif turn < 0.94:
-            pair.seat(n, rng.random() < 0.7)
+            pair.refund(n, 2.0)
         elif turn < 0.97:
             pair.reweight(n, rng.randint(-20, 19))
         else:
@@ -179,7 +167,6 @@ def test_nobody_is_further_from_its_share_than_one_request(nices: list[int], req
     queue: FairQueue[int] = FairQueue(terms=TERMS)
     for n, nice in enumerate(nices):
         queue.join(n, weight_of(nice))
-        queue.place(n, held=1, waiting=False)
     for units in requests:
         n = queue.pick()
         assert n is not None
@@ -197,7 +184,7 @@ def test_what_leavers_leave_is_all_that_adds_to_that(ops: list[tuple[object, ...
     allowed = dict.fromkeys(pair.naive.members, REQUEST)
     for name, *arguments in ops:
         members = list(pair.naive.members)
-        if name in ("seat", "refund", "reweight") or (name == "leave" and len(members) < 3):
+        if name in ("refund", "reweight") or (name == "leave" and len(members) < 3):
             continue
         before = pair.queue.virtual
         if name == "leave":
@@ -255,8 +242,7 @@ def test_fifo_seats_in_order_of_arrival_and_never_takes_one_back() -> None:
 def test_rr_gives_equal_turns_and_takes_a_seat_after_a_slice() -> None:
     queue: FairQueue[int] = FairQueue(POLICIES["rr"], TERMS)
     for n, weight in enumerate((1.0, 9.0, 2.0)):
-        queue.join(n, weight)
-        queue.place(n, held=int(n < 2), waiting=n == 2)
+        queue.join(n, weight, ready=n < 2)
     turns = []
     for _ in range(6):
         n = queue.pick()
@@ -273,7 +259,6 @@ def test_priority_serves_the_heaviest_and_equals_in_turn() -> None:
     queue: FairQueue[int] = FairQueue(POLICIES["priority"], TERMS)
     for n, weight in enumerate((1.0, 2.0, 2.0)):
         queue.join(n, weight)
-        queue.place(n, held=1, waiting=False)
     turns = []
     for _ in range(4):
         n = queue.pick()

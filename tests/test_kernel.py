@@ -15,6 +15,7 @@ from kernel.errors import (
     NotPermitted,
     ProcessNotFound,
     UsageError,
+    WorkerDied,
 )
 from kernel.process import ProcessSpec, Signal
 
@@ -197,6 +198,48 @@ def test_a_worker_that_dies_again_and_again_is_quarantined() -> None:
     sim.system.unload("m")
     (on_disk,) = sim.system.models()
     assert on_disk.state == "disk"
+
+
+def test_a_prompt_that_kills_the_engine_twice_ends_alone() -> None:
+    """The engine dies at its second open, whoever loads it: the neighbour lives, the culprit does not."""
+    faults = SimFaults(fail_open_at=2, fail_with="WorkerDied", first_loads=2)
+    sim = SimSystem({"m": SimModel(mean_tokens=0, faults=faults)})
+    good = sim.spawn(seed=1, max_tokens=300)
+    sim.run_until(20)
+    bad = sim.spawn(seed=2, max_tokens=300)
+    sim.kernel.pump()
+    view = sim.system.process(bad)
+    assert view.exit_code == 125 and "died twice on this prompt" in view.error
+    assert sim.output(good) == solo(1, 300)
+    sim.kernel.check_integrity()
+
+
+def test_a_death_while_it_is_opened_again_counts_as_one_more_restart() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=0, faults=SimFaults(die_at_step=9, first_loads=1))})
+    driver, loads = sim.kernel.residency.driver(Path("m.sim")), []
+    real = driver.open
+
+    def dying_once(*arguments: object) -> object:
+        loads.append(1)
+        if len(loads) == 2:
+            raise WorkerDied("killed while it loaded")
+        return real(*arguments)  # type: ignore[arg-type]
+
+    driver.open = dying_once  # type: ignore[method-assign, assignment]
+    pid = sim.spawn(seed=3, max_tokens=60)
+    sim.kernel.pump()
+    assert sim.output(pid) == solo(3, 60)
+    assert [model.restarts for model in sim.system.snapshot().models] == [2]
+
+
+def test_a_model_that_is_open_is_not_silently_opened_otherwise() -> None:
+    sim = SimSystem()
+    sim.system.load("m", EngineOptions(context_tokens=128))
+    sim.system.load("m", EngineOptions(context_tokens=128))
+    with pytest.raises(NotPermitted, match="loaded with --ctx 128, not 256"):
+        sim.system.load("m", EngineOptions(context_tokens=256))
+    with pytest.raises(NotPermitted, match="not 64"):
+        sim.system.spawn(ProcessSpec("m", ("x",), context_tokens=64))
 
 
 def test_two_models_share_the_devices_time() -> None:

@@ -92,10 +92,66 @@ def test_a_history_goes_on_from_what_is_kept_of_it(engine: LlamaEngine) -> None:
 
 def test_a_prompt_within_another_is_shared_while_that_is_computed(engine: LlamaEngine) -> None:
     engine.open(0, prompt_of(SYSTEM), TOUCHY)
-    assert engine.open(1, prompt_of(SYSTEM), TOUCHY).shared_tokens == 0  # nothing is computed yet
     engine.step({0: 50})
     assert engine.open(1, prompt_of(SYSTEM), TOUCHY).shared_tokens == 50
     assert len(set(map(str, run(engine, 0, 1).values()))) == 1
+
+
+def family(engine: LlamaEngine) -> list[Prompt]:
+    """One prompt on each seat, all of them opened before any is computed."""
+    prompts = [prompt_of(SYSTEM, words(10 + seq, 3 + 20 * seq)) for seq in range(SEATS)]
+    for seq, prompt in enumerate(prompts):
+        assert engine.open(seq, prompt, TOUCHY).shared_tokens == 0
+    return prompts
+
+
+OWN = sum(3 + 20 * seq for seq in range(SEATS))
+
+
+def test_prompts_opened_together_compute_what_they_share_once(
+    engine: LlamaEngine, fresh: LlamaEngine
+) -> None:
+    prompts = family(engine)
+    told = list(steps(engine, *range(SEATS)))
+    assert sum(step.prompt_tokens for step in told) == len(SYSTEM) + OWN
+    assert sum(step.shared_tokens for step in told) == (SEATS - 1) * len(SYSTEM)
+    assert not engine._families._of
+    for seq, prompt in enumerate(prompts):
+        drawn = [step.token for step in told if step.seq == seq and step.token is not None]
+        assert drawn == solo(fresh, prompt, TOUCHY)[0]
+
+
+def test_nobody_waits_for_one_that_does_not_run(engine: LlamaEngine, fresh: LlamaEngine) -> None:
+    prompts = family(engine)
+    told = [step for seq, quota in ((0, 30), (0, 31), (1, 32)) for step in steps(engine, seq, quota=quota)]
+    told += list(steps(engine, 3, quota=400))  # the first two, who are ahead, do not run
+    assert told[-1].finish == "length" and {step.seq for step in told} == {0, 1, 3}
+    told += list(steps(engine, *range(SEATS)))
+    assert sum(step.prompt_tokens for step in told) == len(SYSTEM) + OWN
+    for seq, prompt in enumerate(prompts):
+        drawn = [step.token for step in told if step.seq == seq and step.token is not None]
+        assert drawn == solo(fresh, prompt, TOUCHY)[0]
+
+
+def test_who_goes_ahead_may_be_closed(engine: LlamaEngine, fresh: LlamaEngine) -> None:
+    prompts = family(engine)
+    for seq in range(SEATS - 1):
+        assert engine.step(dict.fromkeys(range(seq, SEATS), 40))
+        engine.close(seq)
+    assert run(engine, SEATS - 1)[SEATS - 1] == solo(fresh, prompts[-1], TOUCHY)
+
+
+def test_exact_ones_and_complete_ones_hold_up_nobody(engine: LlamaEngine, fresh: LlamaEngine) -> None:
+    engine.open(0, Prompt(tokens=(*SYSTEM, 5, 6), prompt_tokens=100, max_tokens=2), TOUCHY)  # is over
+    engine.open(1, prompt_of(SYSTEM), Sampling(exact=True))
+    for seq in (2, 3):
+        engine.open(seq, prompt_of(SYSTEM, words(3, 20)), TOUCHY)
+    told = list(steps(engine, *range(SEATS)))
+    assert sum(step.prompt_tokens for step in told if step.seq == 1) == len(SYSTEM)
+    assert {step.seq for step in told if step.finish} == {0, 1, 2, 3}
+    expected = solo(fresh, prompt_of(SYSTEM, words(3, 20)), TOUCHY)[0]
+    for seq in (2, 3):
+        assert [step.token for step in told if step.seq == seq and step.token is not None] == expected
 
 
 def test_what_is_too_short_or_exact_or_other_is_computed(engine: LlamaEngine) -> None:
@@ -131,27 +187,75 @@ def test_a_copy_that_costs_more_than_it_saves_is_not_made(engine: LlamaEngine) -
     assert engine.open(2, prompt_of(SYSTEM, words(1, 250)), GREEDY).shared_tokens == len(SYSTEM) + 248
 
 
+class Kin:
+    """Sequences of prompts that begin alike, opened, forked, swapped and closed at random."""
+
+    def __init__(self, engine: LlamaEngine, fresh: LlamaEngine, seed: int) -> None:
+        self.engine, self.fresh, self.dice = engine, fresh, random.Random(seed)
+        self.trunk = words(seed, 200)
+        self.prompts: dict[int, Prompt] = {}
+        self.drawn: dict[int, list[int]] = {}
+        self.shared_tokens = self.checked = 0
+
+    def open(self, seq: int) -> None:
+        own = words(self.dice.randrange(3), self.dice.randrange(1, 30))
+        self.prompts[seq] = prompt_of(self.trunk[: self.dice.randrange(2, 200)], own)
+        self.shared_tokens += self.engine.open(seq, self.prompts[seq], TOUCHY).shared_tokens
+        self.drawn[seq] = []
+
+    def end(self, seq: int) -> None:
+        self.run({seq: 1000})
+        prompt, drawn = self.prompts.pop(seq), self.drawn.pop(seq)
+        assert drawn == solo(self.fresh, prompt, TOUCHY)[0]
+        self.checked += 1
+        self.engine.close(seq)
+
+    def kill(self, seq: int) -> None:
+        del self.prompts[seq], self.drawn[seq]
+        self.engine.close(seq)
+
+    def fork(self, seq: int) -> None:
+        target = self.dice.randrange(SEATS)
+        if target != seq:
+            self.engine.fork(seq, target)
+            self.prompts[target], self.drawn[target] = self.prompts[seq], self.drawn[seq].copy()
+
+    def swap(self, seq: int) -> None:
+        kv = self.engine.dump(seq)
+        self.engine.close(seq)
+        prompt = self.prompts[seq].tokens
+        history = Prompt(tokens=(*prompt, *self.drawn[seq]), prompt_tokens=len(prompt), max_tokens=12)
+        self.engine.restore(seq, history, TOUCHY, kv)
+
+    def run(self, quota_tokens: dict[int, int]) -> None:
+        while event := self.engine.step(quota_tokens):
+            for step in event.sequences:
+                self.shared_tokens += step.shared_tokens
+                if step.token is not None:
+                    self.drawn[step.seq].append(step.token)
+
+    def play(self, rounds: int) -> None:
+        for _ in range(rounds):
+            seq = self.dice.randrange(SEATS)
+            if seq in self.prompts:
+                self.dice.choice((self.end, self.end, self.fork, self.swap, self.kill))(seq)
+            else:
+                self.open(seq)
+            if self.dice.random() < 0.7:
+                chosen = self.dice.sample(range(SEATS), self.dice.randrange(1, SEATS + 1))
+                self.run({each: self.dice.randrange(2, 60) for each in chosen})
+
+
 def test_random_families_draw_what_they_draw_alone(engine: LlamaEngine, fresh: LlamaEngine) -> None:
-    """Opens, closes, forks and dumps of prompts that are prefixes of one another, interleaved."""
-    dice, shared = random.Random(4), 0
-    trunk = words(7, 200)
-    expected: dict[int, object] = {}
-    drawn: dict[int, list[int]] = {}
-    for _ in range(60):
-        seq = dice.randrange(SEATS)
-        if seq in expected and dice.random() < 0.5:
-            tokens = run(engine, seq)[seq][0]
-            assert drawn.pop(seq) + tokens == expected.pop(seq)
-            engine.close(seq)
-            continue
-        prompt = prompt_of(trunk[: dice.randrange(2, 200)], words(dice.randrange(3), dice.randrange(1, 30)))
-        shared += engine.open(seq, prompt, TOUCHY).shared_tokens
-        expected[seq] = solo(fresh, prompt, TOUCHY)[0]
-        drawn[seq] = []
-        for step in steps(engine, *expected, quota=dice.randrange(2, 60)):
-            if step.token is not None:
-                drawn[step.seq].append(step.token)
-    assert shared > 1000
+    kin = Kin(engine, fresh, 4)
+    kin.play(100)
+    assert kin.checked > 10 and kin.shared_tokens > 1000
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(40))
+def test_many_random_families(engine: LlamaEngine, fresh: LlamaEngine, seed: int) -> None:
+    Kin(engine, fresh, 100 + seed).play(400)
 
 
 tokens_lists = st.lists(st.integers(0, 2), max_size=70)

@@ -165,7 +165,7 @@ def test_the_ledger_agrees_with_the_engine_when_nothing_is_in_flight(
         if n == interrupt_after:
             schedule.sim.dispatcher.interrupt()
     schedule.sim.dispatcher.drain()
-    threads, accounts = list(schedule.model.queue), schedule.model.queue._fair
+    threads, accounts = list(schedule.model.queue), schedule.model.queue._turns
     for thread in threads:
         assert accounts.vruntime(thread) * thread.weight == pytest.approx(thread.process.share_received)
     assert sum(t.process.share_received for t in threads) == schedule.host.units
@@ -206,7 +206,9 @@ def test_nobody_starves_at_nice_19() -> None:
 
 @pytest.mark.parametrize("policy", ["fifo", "rr", "priority"])
 def test_policies_at_boot(policy: str) -> None:
-    sim = SimSystem({"m": SimModel(mean_tokens=0, sequences=2)}, KernelConfig(policy=policy, seat_slice_s=0.05))
+    sim = SimSystem(
+        {"m": SimModel(mean_tokens=0, sequences=2)}, KernelConfig(policy=policy, seat_slice_s=0.05)
+    )
     assert sim.system.snapshot().policy == policy
     pids = [sim.spawn(nice=nice, seed=nice, max_tokens=400) for nice in (5, 5, 0, 0)]
     sim.run_until(400)

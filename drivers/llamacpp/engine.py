@@ -134,7 +134,7 @@ class LlamaEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
         tokens, answer_at = self._prompts.first(prompt)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=not sampling.exact)
+        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=True)
         return Opened(tuple(tokens), sequence.computed)
 
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
@@ -295,8 +295,8 @@ class LlamaEngine:
         """
         sampler = Sampler(sampling)
         self._end(seq)
-        most_tokens = len(tokens) - (1 if answer_at < len(tokens) else 2) if shares else 0
-        seat = self._seating.take(tokens, most_tokens)
+        most_tokens = 0 if sampling.exact else len(tokens) - (1 if answer_at < len(tokens) else 2)
+        seat = self._seating.take(tokens, most_tokens if shares else 0)
         window = self.info.context_tokens
         sequence = Sequence(seq, seat.number, tokens, 0, 0, window, sampling, sampler, seat.shared_tokens)
         sequence.shareable_tokens = most_tokens

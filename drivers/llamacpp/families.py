@@ -22,7 +22,7 @@ class Family:
     common_tokens: int
 
     def behind(self) -> list[Sequence]:
-        return [member for member in self.members if member.computed < self.end(member)]
+        return [each for each in self.members if each.finish is None and each.computed < self.end(each)]
 
     def end(self, member: Sequence) -> int:
         """How far a member may take over what another has computed."""
@@ -54,7 +54,7 @@ class Families:
         """Before a pass: (tokens taken over, by sequence; the sequences that wait)."""
         taken: dict[int, int] = {}
         waiting: set[int] = set()
-        for family in set(self._of.values()):
+        for family in dict.fromkeys(self._of.values()):
             self._prepare(family, quota_tokens, taken, waiting)
             if len(family.members) < 2 or not family.behind():
                 for member in family.members:

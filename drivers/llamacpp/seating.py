@@ -69,8 +69,9 @@ class Seating:
         return Seat(seat, shared)
 
     def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
-        """Make the cache of a sequence that sits that of another one, up to so many tokens they share."""
-        sequence.computed = self._copy(holder, sequence.seat, tokens)
+        """Have a sequence that sits go on from what another one has computed of the tokens they share."""
+        if self._pays(holder.computed, tokens - sequence.computed):
+            sequence.computed = self._copy(holder, sequence.seat, tokens)
 
     def _share(self, holder: Sequence, shared: int) -> tuple[int, int]:
         """A free seat, and how much of what a holder has is on it now."""
@@ -79,7 +80,7 @@ class Seating:
             return self._clear(fitting[0]), 0
         if self._is_spare(holder, shared, fitting):
             return self._take_over(holder.seat, shared)
-        seat = self._clear(fitting[0]) if holder.seat != fitting[0] else fitting[0]
+        seat = self._clear(fitting[0])
         return seat, self._copy(holder, seat, shared) if self._pays(holder.computed, shared) else 0
 
     def _pays(self, copied: int, shared: int) -> bool:

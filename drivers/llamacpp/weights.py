@@ -97,11 +97,17 @@ class Weights:
 
 
 def encode(text: str) -> bytes:
-    """UTF-8; bytes that were never UTF-8 come through as they were, and llama.cpp replaces them."""
+    """Valid UTF-8: what never was becomes U+FFFD here, since some invalid bytes abort llama.cpp."""
     try:
-        return text.encode("utf-8", "surrogateescape")
+        return text.encode("utf-8")
     except UnicodeEncodeError:
-        return text.encode("utf-8", "replace")
+        raw = text.encode("utf-8", "surrogatepass" if _has_lone_surrogates(text) else "surrogateescape")
+        return raw.decode("utf-8", "replace").encode("utf-8")
+
+
+def _has_lone_surrogates(text: str) -> bool:
+    """Surrogates that do not stand for an undecodable byte (U+DC80 to U+DCFF)."""
+    return any(0xD800 <= ord(char) < 0xDC80 or 0xDCFF < ord(char) <= 0xDFFF for char in text)
 
 
 def _load(path: str, gpu_layers: bool, progress: Progress) -> int:

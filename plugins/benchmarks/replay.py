@@ -96,16 +96,19 @@ class Recorder(InlineHost):
 class RecordingDriver(SimDriver):
     """Opens recorders."""
 
-    def __init__(self, model: SimModel, clock: ManualClock, requests: Sequence[Request], meter: Meter) -> None:
+    def __init__(
+        self, model: SimModel, clock: ManualClock, requests: Sequence[Request], meter: Meter
+    ) -> None:
         device = DeviceInfo("sim0", "sim", "a simulated device", 1 << 50)
         super().__init__([device], sleep=clock.sleep, models={"trace.sim": model})
-        self._record = lambda engine: Recorder(engine, clock, requests, meter)
+        self.clock, self.requests, self.meter = clock, requests, meter
         self.recorder: Recorder | None = None
 
     def open(
         self, model: ModelInfo, device: DeviceInfo, options: EngineOptions, progress: Progress, log: LogLine
     ) -> InlineHost:
-        self.recorder = self._record(super().open(model, device, options, progress, log).engine)
+        engine = super().open(model, device, options, progress, log).engine
+        self.recorder = Recorder(engine, self.clock, self.requests, self.meter)
         return self.recorder
 
 

@@ -9,6 +9,7 @@ import gc
 import time
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from drivers.simmodel import SimModel
 from kernel.process import ProcessSpec
@@ -20,16 +21,32 @@ DECISIONS = 20_000
 NICES = (-10, -5, 0, 0, 0, 5, 10, 19)
 
 
-def scale(sizes: Sequence[int] = SIZES, decisions: int = DECISIONS) -> dict[str, object]:
-    """By number of processes: microseconds per decision and per spawn; then growth, and bytes."""
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Costs by number of processes, fewest first, in microseconds."""
+
+    processes: dict[str, dict[str, float]]
+    bytes_per_process: float
+
+    def growth(self, field: str) -> float:
+        """Of the most processes over that of the fewest."""
+        rows = list(self.processes.values())
+        return rows[-1][field] / rows[0][field]
+
+    def report(self) -> dict[str, object]:
+        """What --json prints."""
+        return {
+            "processes": self.processes,
+            "growth_p50": self.growth("decision_p50_us"),
+            "growth_p99": self.growth("decision_p99_us"),
+            "bytes_per_process": self.bytes_per_process,
+        }
+
+
+def scale(sizes: Sequence[int] = SIZES, decisions: int = DECISIONS) -> Scale:
+    """Measure; seconds, mostly for spawning."""
     rows = {str(size): _decide(size, decisions) for size in sizes}
-    first, last = rows[str(sizes[0])], rows[str(sizes[-1])]
-    return {
-        "processes": rows,
-        "growth_p50": last["decision_p50_us"] / first["decision_p50_us"],
-        "growth_p99": last["decision_p99_us"] / first["decision_p99_us"],
-        "bytes_per_process": bytes_per_process(min(5_000, sizes[-1])),
-    }
+    return Scale(rows, bytes_per_process(min(5_000, sizes[-1])))
 
 
 def _system() -> Replay:

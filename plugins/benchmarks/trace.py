@@ -49,7 +49,9 @@ def read_trace(path: Path, limit: int = 0) -> list[Request]:
     except OSError as error:
         raise LlmosError(f"cannot read {path}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not a trace: {error}", "columns: " + ", ".join(SERVED_COLUMNS[:4])) from None
+        raise UsageError(
+            f"{path} is not a trace: {error}", "columns: " + ", ".join(SERVED_COLUMNS[:4])
+        ) from None
     if not requests:
         raise UsageError(f"{path} has no requests")
     return sorted(requests, key=lambda request: request.arrival_s)
