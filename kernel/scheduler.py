@@ -142,13 +142,18 @@ class Scheduler:
         return min(config.prefill_chunk_tokens, max(config.prefill_chunk_min_tokens, half_tokens))
 
     def _fill(self, flight: Flight) -> None:
-        """Grant one request after another to whoever has the best claim, until the time is used up."""
+        """Grant one request after another to whoever has the best claim, until the time is used up.
+
+        Output tokens are granted in whole rounds of the sharers: part of a round would be a pass of the
+        engine that is part empty.
+        """
         config, model, queue = self.config, flight.model, flight.model.queue
         prefill_s = model.open_host().info.prefill_token_s
-        token_s = model.decode_s(max(1, sum(1 for t in model.seats if t is not None and t in queue)))
+        sharers = max(1, sum(1 for t in model.seats if t is not None and t in queue))
+        token_s, requests = model.decode_s(sharers), 0
         decode_tokens = max(1, int(config.quantum_s / config.rounds / token_s))
         chunk_tokens = self._chunk_tokens(model)
-        while flight.planned_s < config.quantum_s:
+        while flight.planned_s < config.quantum_s or requests % sharers:
             thread = queue.pick()
             if thread is None:
                 return
@@ -160,6 +165,7 @@ class Scheduler:
                 units, cost_s = tokens * PROMPT_UNITS, tokens * prefill_s
             else:
                 tokens = decode_tokens
+                requests += 1
                 units, cost_s = tokens * OUTPUT_UNITS, tokens * token_s
             grant = flight.grants.get(thread)
             if grant is None:

@@ -1,7 +1,8 @@
 """^C and ^Z while a line runs: noted, never acted upon inside a handler.
 
 A command that takes its time asks for them; what nobody asked for ends the list after the command.
-A plugin's code does not ask, so there ^C raises KeyboardInterrupt, as in any Python program.
+A plugin's code does not ask, nor does a read that blocks: there ^C raises KeyboardInterrupt, as in any
+Python program.
 
 Owner: the main thread. On another thread nothing is caught (Python delivers signals to the main one).
 """
@@ -41,15 +42,15 @@ class Interrupts:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Within this block ^C raises KeyboardInterrupt."""
-        if not self._noting:
+        """Within this block ^C raises KeyboardInterrupt: it ends a call that blocks and asks for nothing."""
+        if not self._noting or threading.current_thread() is not threading.main_thread():
             yield
             return
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, self._note)
+            signal.signal(signal.SIGINT, before)
 
     def take(self) -> int | None:
         """The oldest signal that was noted and not yet taken."""

@@ -22,7 +22,7 @@ from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal, Syscalls
 from shell.render import format_bytes, format_duration
-from shell.terminal import encode, fit, one_line
+from shell.terminal import Output, cell_width, encode, fit, one_line
 
 if TYPE_CHECKING:
     from shell.session import Frame, Shell
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
 _POLL_S = 0.05  # how late ^C may be noticed while a process is silent
 _STOPPED = 148
 _INTERRUPTED = 130
+_LABEL_MIN = 20  # columns of a command that stay, however narrow the terminal
 
 
 class Sink:
     """Copies a process's output into a file.
 
-    Owner: its thread, until the thread has ended; then `error` may be read.
+    Owner: its thread. `error` is written once, before the process is told to end.
     """
 
     def __init__(self, system: Syscalls, pid: int, file: BinaryIO, name: str) -> None:
-        self.error = ""  # one line; set before the thread ends
+        self.error = ""  # one line
         self._system = system
         self._pid = pid
         self._file = file
@@ -47,10 +48,9 @@ class Sink:
         self._thread = threading.Thread(target=self._run, name=f"sink-{pid}", daemon=True)
         self._thread.start()
 
-    def join(self) -> str:
-        """Wait until the file is closed; what went wrong, or ""."""
+    def join(self) -> None:
+        """Wait until the file is closed."""
         self._thread.join()
-        return self.error
 
     def _run(self) -> None:
         try:
@@ -111,10 +111,23 @@ class Job:
     command: str
     sink: Sink | None = None
     offset: int = 0  # characters shown so far
+    announced: bool = False  # its end has been told; what it said may still be to come
+
+    def status(self, view: ProcessView) -> int | None:
+        """Its exit code; None while it runs. Output that could not be kept is a failure of the job."""
+        if view.exit_code is None:
+            return None
+        return 1 if self.failure else view.exit_code
 
     @property
-    def label(self) -> str:
-        return fit(one_line(self.command), 60)
+    def failure(self) -> str:
+        """Why its output could not be kept, or ""."""
+        return self.sink.error if self.sink else ""
+
+    @property
+    def silent(self) -> bool:
+        """Nothing that it says is to be shown: it goes to a file."""
+        return self.sink is not None
 
 
 class JobTable:
@@ -183,8 +196,16 @@ def start(shell: Shell, pid: int) -> int:
     if not frame.background:
         return foreground(shell, job)
     shell.last_background_pid = pid
-    shell.note(f"[{job.number}] {pid}  {job.label}")
+    shell.note(labelled(shell.err, f"[{job.number}] {pid}  ", job))
     return 0
+
+
+def labelled(out: Output, head: str, job: Job, tail: str = "") -> str:
+    """A line about a job; its command is cut where the terminal ends."""
+    command = one_line(job.command)
+    if out.width is not None:
+        command = fit(command, max(out.width - cell_width(head + tail), _LABEL_MIN))
+    return head + command + tail
 
 
 def foreground(shell: Shell, job: Job) -> int:
@@ -231,8 +252,8 @@ def _signal(shell: Shell, job: Job, number: Signal) -> bool:
 def _stopped(shell: Shell, job: Job) -> int:
     shell.jobs.touch(job)
     view = shell.system.process(job.pid)
-    kept = f"pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept"
-    shell.note(f"[{job.number}]{shell.jobs.mark(job)} Stopped  {job.label}  ({kept})")
+    kept = f"  (pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept)"
+    shell.note(labelled(shell.err, f"[{job.number}]{shell.jobs.mark(job)} Stopped  ", job, kept))
     return _STOPPED
 
 
@@ -252,17 +273,20 @@ def wait_job(shell: Shell, job: Job) -> int:
 
 def conclude(shell: Shell, job: Job) -> int:
     """Show what an ended background job said, and a notice to a person; returns its exit code."""
-    while job.sink is None and not _pump(shell, job):
+    while not job.silent and not _pump(shell, job):
         pass
-    mark = shell.jobs.mark(job)
+    head = f"[{job.number}]{shell.jobs.mark(job)}  "
     view = shell.system.wait(job.pid)
     assert view is not None
     status = finish(shell, job, background=True)
-    if shell.interactive:
-        shell.note(
-            f"[{job.number}]{mark}  {'Done' if status == 0 else 'Ended'}  {job.label}   {_summary(view)}"
-        )
+    if shell.interactive and not job.announced:
+        _tell_end(shell, job, head, view, status)
     return status
+
+
+def _tell_end(shell: Shell, job: Job, head: str, view: ProcessView, status: int) -> None:
+    facts = f"   {format_duration(view.elapsed_s)} · {view.output_tokens} tok · rc {status}"
+    shell.note(labelled(shell.err, head + ("Done  " if status == 0 else "Ended  "), job, facts))
 
 
 def finish(shell: Shell, job: Job, *, interrupted: bool = False, background: bool = False) -> int:
@@ -271,27 +295,39 @@ def finish(shell: Shell, job: Job, *, interrupted: bool = False, background: boo
     assert view is not None
     if job.sink is None:
         shell.out.finish_line()
-    failure = job.sink.join() if job.sink else ""
+    else:
+        job.sink.join()
     shell.jobs.remove(job)
     with contextlib.suppress(ProcessNotFound):
         shell.system.reap(job.pid)
     name = f"[{job.number}] {job.pid}: " if background else ""
-    status = view.exit_code or 0
-    if failure:
-        shell.report(LlmosError(name + failure))
-        return 1
-    if view.error:
-        shell.report(LlmosError(name + view.error, view.hint))
+    status = job.status(view) or 0
+    if reason := job.failure or view.error:
+        shell.report(LlmosError(name + reason, "" if job.failure else view.hint))
     elif interrupted and status:
         shell.note(f"  ⏹ stopped · {_reply(view)}")
     return status
 
 
 def notices(shell: Shell) -> None:
-    """Tell of background jobs that have ended since the last prompt."""
+    """Before a prompt: tell of background jobs that have ended, and show what they said."""
     for job in shell.jobs:
         if shell.system.process(job.pid).state == "ZOMBIE":
             conclude(shell, job)
+
+
+def announce(shell: Shell) -> None:
+    """While a line is typed: tell of jobs that have ended. What they said waits for the next prompt."""
+    for job in shell.jobs:
+        view = shell.system.process(job.pid)
+        if view.state != "ZOMBIE" or job.announced:
+            continue
+        if job.silent:
+            conclude(shell, job)
+        else:
+            job.announced = True
+            head = f"[{job.number}]{shell.jobs.mark(job)}  "
+            _tell_end(shell, job, head, view, job.status(view) or 0)
 
 
 def close(shell: Shell) -> None:
@@ -314,7 +350,3 @@ def _reply(view: ProcessView) -> str:
     if view.context_limit_tokens:
         facts.append(f"ctx {100 * view.context_tokens // view.context_limit_tokens}%")
     return " · ".join(facts)
-
-
-def _summary(view: ProcessView) -> str:
-    return f"{format_duration(view.elapsed_s)} · {view.output_tokens} tok · rc {view.exit_code}"

@@ -202,7 +202,8 @@ class LlamaEngine:
         told = self._queue.take_up(quota_tokens, self._is_over, self._open) + self._told(quota_tokens)
         taken, waiting = self._families.prepare(quota_tokens)
         told += [SequenceStep(seq, 0, None, "", shared_tokens=tokens) for seq, tokens in taken.items()]
-        ready = [each for each in self._seating.by_seat if each.id not in waiting]
+        seated = self._seating.by_seat
+        ready = [each for each in seated if each.id not in waiting] if waiting else seated
         chosen = self._planner.plan(ready, quota_tokens)
         if chosen:
             rows = self._slab.compute(chosen)

@@ -29,6 +29,7 @@ from kernel.device import (
     Opened,
     Progress,
     Prompt,
+    Quantum,
     QuantumEnd,
     Sampling,
     StepEvent,
@@ -72,8 +73,13 @@ class Recorder(InlineHost):
         self._seats[seq] = sampling.seed
         return super().restore(seq, prompt, sampling, kv)
 
+    def start(self, quantum: Quantum) -> None:
+        self.events += len(quantum.quota_tokens)
+        super().start(quantum)
+
     def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
         event = super().poll(timeout_s)
+        self.events += 1
         if isinstance(event, StepEvent):
             self._note(event, self.clock.now_s())
         return event
@@ -138,7 +144,9 @@ class Replayed:
     served: list[Served]
     ledger: Gap | None  # service as the engine computed it; None if there is one client
     token_gaps_s: "array[float]"
-    events: int  # a sequence's part in a step; a request that arrives; one that ends
+    events: (
+        int  # requests that arrive and end, threads' grants, steps, sequences' parts in them, quanta's ends
+    )
     wall_s: float
 
 

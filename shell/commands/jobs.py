@@ -5,14 +5,16 @@ from argparse import Namespace
 from contextlib import suppress
 
 from kernel.errors import NotPermitted
+from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
-from shell.jobs import Job, foreground
+from shell.jobs import Job, foreground, labelled
 from shell.process_table import state_letter
 from shell.registry import Arguments, CommandSpec
 from shell.render import format_duration
 from shell.session import Shell
+from shell.terminal import one_line
 
-_WORDS = {"T": "Stopped", "Z": "Done", "Q": "Waiting", "W": "Swapped"}
+_WORDS = {"T": "Stopped", "Q": "Waiting", "W": "Swapped"}
 
 
 def _jobs_arguments(parser: Arguments) -> None:
@@ -36,22 +38,29 @@ def _plain(shell: Shell, job: Job) -> dict[str, object]:
         "pid": job.pid,
         "state": view.state,
         "current": shell.jobs.mark(job) == "+",
-        "exit_code": view.exit_code,
+        "exit_code": job.status(view),
         "command": job.command,
     }
 
 
 def _line(shell: Shell, job: Job, *, long: bool) -> str:
     view = shell.system.process(job.pid)
-    state = _WORDS.get(state_letter(view), "Running")
-    head = f"[{job.number}]{shell.jobs.mark(job)} "
-    if not long:
-        return f"{head}{state:8} {job.label}"
+    head = f"[{job.number}]{shell.jobs.mark(job)} " + (f"{job.pid:>4} " if long else "")
+    reason = job.failure or view.error or (view.waits_for if long else "")
+    tail = (f"   {_facts(view)}" if long else "") + (f"   ({one_line(reason)})" if reason else "")
+    return labelled(shell.out, f"{head}{_state(job, view):8} ", job, tail)
+
+
+def _state(job: Job, view: ProcessView) -> str:
+    status = job.status(view)
+    if status is None:
+        return _WORDS.get(state_letter(view), "Running")
+    return f"Exit {status}" if status else "Done"
+
+
+def _facts(view: ProcessView) -> str:
     progress = f"{view.items_done}/{view.items_total} · " if view.items_total > 1 else ""
-    facts = f"{progress}{view.output_tokens} tok · {format_duration(view.elapsed_s)}"
-    return f"{head}{job.pid:>4} {state:8} {job.label}   {facts}" + (
-        f"   ({view.waits_for})" if view.waits_for else ""
-    )
+    return f"{progress}{view.output_tokens} tok · {format_duration(view.elapsed_s)}"
 
 
 def _job_argument(parser: Arguments) -> None:
@@ -61,7 +70,7 @@ def _job_argument(parser: Arguments) -> None:
 def _fg(shell: Shell, args: Namespace) -> int:
     job = shell.jobs.find(args.job)
     shell.jobs.touch(job)
-    shell.note(job.label)
+    shell.note(labelled(shell.err, "", job))
     _continue(shell, job)
     return foreground(shell, job)
 
@@ -70,7 +79,7 @@ def _bg(shell: Shell, args: Namespace) -> int:
     job = shell.jobs.find(args.job)
     _continue(shell, job)
     shell.last_background_pid = job.pid
-    shell.note(f"[{job.number}]{shell.jobs.mark(job)} {job.pid}  {job.label}")
+    shell.note(labelled(shell.err, f"[{job.number}]{shell.jobs.mark(job)} {job.pid}  ", job))
     return 0
 
 
