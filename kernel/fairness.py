@@ -139,9 +139,14 @@ class FairQueue(Generic[Entity]):
 
     # Accounts
 
-    def charge(self, entity: Entity, units: float) -> None:
-        """Count service, as it is granted; what was granted and not used comes back as a negative charge."""
-        member = self._members[entity]
+    def charge(self, entity: Entity, units: float) -> bool:
+        """Count service, as it is granted; what was granted and not used comes back as a negative charge.
+
+        False if it is not a member: then nothing is counted.
+        """
+        member = self._members.get(entity)
+        if member is None:
+            return False
         member.spent_units += units
         member.vruntime += units / member.weight
         self.virtual += units / self.weight
@@ -151,6 +156,7 @@ class FairQueue(Generic[Entity]):
             member.moved = True  # its keys only rose: put right when they come up
         else:
             self._enter(member)
+        return True
 
     def served(self, units: float) -> None:
         """Advance the ideal clock by service that was really given, to whomever."""

@@ -73,8 +73,7 @@ class Party:
 
     def charge(self, thread: Thread, units: float) -> None:
         member = None if thread in self.prompts else thread
-        if member in self._turns:
-            self._turns.charge(member, units)
+        self._turns.charge(member, units)
         if member is None and not thread.prefilling:
             del self.prompts[thread]
             self._pool()
@@ -200,12 +199,10 @@ class RunQueue:
     def charge(self, thread: Thread, units: float) -> None:
         """Count service, as it is granted; a negative charge gives back what was not used."""
         claimant = self._claimant(thread)
-        if claimant not in self._claims:
+        if not self._claims.charge(claimant, units):
             claimant.lag -= units
             return
-        self._claims.charge(claimant, units)
-        if claimant in self._turns:
-            self._turns.charge(claimant, units)
+        self._turns.charge(claimant, units)
         if isinstance(claimant, Party):
             claimant.charge(thread, units)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.clock import RealClock
+from kernel.config import KernelConfig
 from kernel.device import Driver, EngineOptions
 from kernel.kernel import Kernel, Parts
 from kernel.syscall import Syscalls
@@ -48,6 +49,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             drivers=_drivers(config),
             catalog=store,
             key=_key(paths),
+            config=KernelConfig(policy=config.policy),
             options=EngineOptions(config.context_tokens, config.sequences, config.threads),
             ram_available=_ram_available,
             journal=paths.state / "journal",

@@ -34,7 +34,7 @@ def _check(shell: Shell, item: AndOr, command: Command) -> None:
     words = [_constant(word) for word in command.words]
     if not words or words[0] is None:
         return
-    spec = shell.registry.find(words[0])
+    spec = shell.command(words[0])
     if item.background and (item.rest or not spec.background):
         raise UsageError(f"`{shell.place.name}` cannot run in the background: `{words[0]}`")
     constants = [word for word in words[1:] if word is not None]
@@ -55,7 +55,7 @@ def _check_words(shell: Shell, spec: CommandSpec, words: list[str]) -> None:
     if args is not None and spec.parser().takes_rest:
         rest = next(iter(_rest(vars(args))), [])
         if rest:
-            shell.registry.find(rest[0]).parse(rest[1:])
+            shell.command(rest[0]).parse(rest[1:])
 
 
 def _rest(arguments: dict[str, object]) -> Iterator[list[str]]:

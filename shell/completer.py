@@ -102,14 +102,15 @@ def _typed(text: str) -> str:
 
 
 def candidates(shell: Shell, line: Line) -> list[Candidate]:
-    """What the current word could become, best first. Raises LlmosError (a plugin that cannot load)."""
+    """What the current word could become, best first. A plugin is never imported for it."""
     if line.is_file:
         return list(_files(line.current))
     if not line.words:
         return _matching(_commands(shell), line.current)
-    if line.words[0] not in shell.registry:
+    spec = shell.registry.entry(line.words[0]).spec if line.words[0] in shell.registry else None
+    if spec is None:
         return []
-    parser = shell.registry.find(line.words[0]).parser()
+    parser = spec.parser()
     words = line.words[1:]
     if parser.takes_rest and (rest := _rest(parser, words)) is not None:
         return candidates(shell, Line(rest, line.current, line.start))

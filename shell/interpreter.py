@@ -5,22 +5,24 @@ command does, the caller gets an exit code: nothing but `Exit` passes through he
 Not here: what a command does (commands), job control (jobs).
 """
 
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Literal
 
 from kernel.errors import KernelFault, LlmosError, UsageError
 from shell import jobs
 from shell.expand import expand_word, expand_words
+from shell.files import open_file
 from shell.help import command_help
 from shell.lexer import quote
 from shell.parser import parse
-from shell.registry import describe
+from shell.registry import CommandSpec, PluginFailed, describe, place_of
 from shell.session import Exit, Frame, Place, Shell
 from shell.syntax import AndOr, Command, Redirection, ShellSyntaxError
 
 _BROKEN_PIPE = 141
 _INTERRUPTED = 130
+_MODES: dict[str, Literal["rb", "wb", "ab"]] = {"<": "rb", ">": "wb", ">>": "ab"}
 
 
 def run_text(shell: Shell, text: str, name: str = "") -> int:
@@ -64,8 +66,7 @@ def run_line(shell: Shell, text: str) -> int:
 
 def invoke(shell: Shell, words: list[str]) -> int:
     """Run a command by its words, within the frame that is set. Raises LlmosError."""
-    entry = shell.registry.entry(words[0])
-    spec = entry.load()
+    spec, plugin = shell.command(words[0]), shell.registry.entry(words[0]).plugin
     if shell.frame.background and not spec.background:
         raise UsageError(
             f"`{spec.name}` cannot run in the background", "only a command that starts a process can"
@@ -74,16 +75,23 @@ def invoke(shell: Shell, words: list[str]) -> int:
     if args is None:
         shell.out.lines(command_help(spec))
         return 0
-    if not entry.plugin:
-        return spec.run(shell, args)
+    return _run_plugin(shell, spec, args) if plugin else spec.run(shell, args)
+
+
+def _run_plugin(shell: Shell, spec: CommandSpec, args: Namespace) -> int:
+    """Run code that is not ours: whatever it does becomes an exit code or one line."""
     try:
         with shell.interrupts.raised():
-            return spec.run(shell, args)
+            status: object = spec.run(shell, args)
     except (LlmosError, BrokenPipeError, Exit):
         raise
     except (Exception, SystemExit) as error:
-        shell.report_internal(error, f"plugin {entry.name}: {describe(error)}")
+        shell.report_internal(error, f"plugin {spec.name}: {place_of(error)}{describe(error)}")
         return 1
+    if not isinstance(status, int):
+        kind = type(status).__name__
+        raise PluginFailed(f"plugin {spec.name}: its run returned a {kind}, not an exit code", "0 is success")
+    return int(status)
 
 
 def _concluded(shell: Shell, run: Callable[[], int]) -> int:
@@ -164,21 +172,19 @@ def _run_command(shell: Shell, item: AndOr, command: Command, text: str) -> None
 def _words(shell: Shell, command: Command) -> list[str]:
     """The expanded words; file patterns are left alone for a command that reads prose."""
     name = expand_words(command.words[:1], shell.lookup, shell.arguments, patterns=False)
-    patterns = not name or name[0] not in shell.registry or shell.registry.find(name[0]).patterns
+    patterns = not name or name[0] not in shell.registry or shell.command(name[0]).patterns
     return name + expand_words(command.words[1:], shell.lookup, shell.arguments, patterns=patterns)
 
 
 def _redirect(shell: Shell, frame: Frame, redirection: Redirection) -> None:
     """Open a file for a command, before anything is started. Raises UsageError, LlmosError."""
     name = expand_word(redirection.target, shell.lookup)
-    try:
-        file = Path(name).open({"<": "rb", ">": "wb", ">>": "ab"}[redirection.operator])  # noqa: SIM115
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise LlmosError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    with shell.interrupts.raised():  # a pipe may have nobody at its other end
+        file = open_file(name, _MODES[redirection.operator])
     if redirection.operator == "<":
-        before, frame.stdin = frame.stdin, cast(BinaryIO, file)
+        before, frame.stdin = frame.stdin, file
     else:
-        before, frame.stdout, frame.target = frame.stdout, cast(BinaryIO, file), name
+        before, frame.stdout, frame.target = frame.stdout, file, name
     if before is not None:
         before.close()
 
@@ -196,6 +202,8 @@ def _guarded(shell: Shell, frame: Frame, run: Callable[[], int]) -> int:
         return _INTERRUPTED
     except LlmosError as error:
         shell.report(error, json=_wants_json(shell, frame.words))
+        if isinstance(error, PluginFailed) and error.__cause__ is not None:
+            shell.keep_traceback(error.__cause__)
         return error.exit_code
     except OSError as error:
         name = error.filename or frame.target
@@ -213,8 +221,5 @@ def _guarded(shell: Shell, frame: Frame, run: Callable[[], int]) -> int:
 def _wants_json(shell: Shell, words: list[str]) -> bool:
     if "--json" not in words[1:] or words[0] not in shell.registry:
         return False
-    try:
-        parser = shell.registry.find(words[0]).parser()
-    except LlmosError:
-        return False
-    return any("--json" in action.option_strings for action in parser.actions)
+    spec = shell.registry.entry(words[0]).spec  # None: a plugin that could not be imported
+    return spec is not None and any("--json" in action.option_strings for action in spec.parser().actions)

@@ -316,16 +316,21 @@ def notices(shell: Shell) -> None:
             conclude(shell, job)
 
 
+def news(shell: Shell) -> list[Job]:
+    """Jobs that have ended, and nobody was told."""
+    return [
+        job for job in shell.jobs if not job.announced and shell.system.process(job.pid).state == "ZOMBIE"
+    ]
+
+
 def announce(shell: Shell) -> None:
     """While a line is typed: tell of jobs that have ended. What they said waits for the next prompt."""
-    for job in shell.jobs:
-        view = shell.system.process(job.pid)
-        if view.state != "ZOMBIE" or job.announced:
-            continue
+    for job in news(shell):
         if job.silent:
             conclude(shell, job)
         else:
             job.announced = True
+            view = shell.system.process(job.pid)
             head = f"[{job.number}]{shell.jobs.mark(job)}  "
             _tell_end(shell, job, head, view, job.status(view) or 0)
 

@@ -38,7 +38,16 @@ _SORTED_AS = {
 
 
 def state_letter(view: ProcessView) -> str:
+    """R also for a process between two turns; Q for one that waits for a model or for a seat on it."""
+    if view.state == "RUNNABLE" and view.waits_for:
+        return "Q"
     return _LETTERS.get(view.state, view.state[:1])
+
+
+def state_counts(views: Sequence[ProcessView]) -> str:
+    """`2R 1Q`: how many are in which state."""
+    letters = [state_letter(view) for view in views]
+    return " ".join(f"{letters.count(letter)}{letter}" for letter in "RQSTWZ" if letter in letters)
 
 
 def process_columns(shell: Shell, names: str | None = None) -> list[Column[ProcessView]]:

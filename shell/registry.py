@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Completes = Literal["model", "pid", "job", "file", "command"]
 Group = Literal["processes", "models", "system", "shell", "plugins"]
+
+_NEAR = 0.75  # likeness of what is suggested; below it, `export` is like `report`
+_NOT_ITS_OWN = ("shell", "llmos", "importlib")  # modules that a plugin's code is called through
 
 
 class Arguments(argparse.ArgumentParser):
@@ -120,8 +124,11 @@ class Entry:
             assert self.loader is not None
             try:
                 self.spec = self.loader()
+            except LlmosError as error:
+                raise PluginFailed(f"plugin {self.name}: {error.message}", error.hint) from error
             except (Exception, SystemExit) as error:
-                raise PluginFailed(f"plugin {self.name}: {describe(error)}") from error
+                hint = "LLMOS_DEBUG=1 shows all of it"
+                raise PluginFailed(f"plugin {self.name}: {place_of(error)}{describe(error)}", hint) from error
             if not isinstance(self.spec, CommandSpec):
                 kind, self.spec = type(self.spec).__name__, None
                 raise PluginFailed(f"plugin {self.name}: it gave a {kind}, not a CommandSpec")
@@ -140,6 +147,7 @@ class Registry:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # of plugins that are not used
 
     def add(self, spec: CommandSpec) -> None:
         self.entries[spec.name] = Entry(spec.name, spec.summary, spec)
@@ -162,7 +170,7 @@ class Registry:
         """The row of a name or alias. Raises CommandNotFound with the nearest name as a hint."""
         found = self.entries.get(self.aliases.get(name, name))
         if found is None:
-            near = difflib.get_close_matches(name, self.names(), n=1)
+            near = difflib.get_close_matches(name, self.names(), n=1, cutoff=_NEAR)
             hint = f"did you mean `{near[0]}`?" if near else "`help` lists the commands"
             raise CommandNotFound(f"no command `{name}`", hint)
         return found
@@ -170,6 +178,16 @@ class Registry:
     def find(self, name: str) -> CommandSpec:
         """The command itself. Raises CommandNotFound, PluginFailed."""
         return self.entry(name).load()
+
+
+def place_of(error: BaseException) -> str:
+    """`plugin.py:3: `, where a plugin's own code was when this happened; "" if it was not."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    for frame, line_number in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_ITS_OWN:
+            return f"{frame.f_code.co_filename}:{line_number}: "
+    return ""
 
 
 def describe(error: BaseException) -> str:

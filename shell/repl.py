@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
 from prompt_toolkit.enums import EditingMode
 from prompt_toolkit.filters import Condition
@@ -25,6 +25,7 @@ from shell.completer import ShellCompleter
 from shell.highlight import STYLE, Highlighter
 from shell.interpreter import run_line
 from shell.parser import parse
+from shell.process_table import state_counts
 from shell.render import bar, format_bytes
 from shell.session import Exit, Shell
 from shell.syntax import Incomplete, ShellSyntaxError
@@ -55,7 +56,7 @@ def _loop(shell: Shell, session: PromptSession[str]) -> int:
         try:
             jobs.notices(shell)
             shell.out.finish_line()
-            line = session.prompt(_prompt(shell), default=typed, pre_run=lambda: _refresh(shell))
+            line = session.prompt(_prompt(shell), default=typed, pre_run=lambda: _while_typing(shell))
         except KeyboardInterrupt:
             typed = ""
             continue
@@ -129,6 +130,10 @@ def _bindings() -> KeyBindings:
         is_vi = event.app.editing_mode == EditingMode.VI
         event.app.editing_mode = EditingMode.EMACS if is_vi else EditingMode.VI
 
+    @bindings.add("c-z")
+    def nothing(event: KeyPressEvent) -> None:
+        """There is nothing to stop here; without this it would be typed."""
+
     @bindings.add("escape", "enter")
     def newline(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
@@ -144,25 +149,38 @@ def toolbar(shell: Shell) -> str:
     alive = [process for process in view.processes if process.state != "ZOMBIE"]
     if not alive:
         return ""
-    stopped = sum(process.state == "STOPPED" for process in alive)
     rate = sum(device.tokens_per_s for device in view.devices)
-    facts = [f"{len(alive) - stopped}R {stopped}T", f"{rate:.0f} tok/s"]
+    facts = [state_counts(alive), f"{rate:.0f} tok/s"]
     for pool in view.pools[:1]:
         used = pool.used_bytes / pool.capacity_bytes if pool.capacity_bytes else 0.0
         facts.append(f"{pool.name} {bar(used, 8)} {format_bytes(pool.used_bytes)}")
     return " · ".join([*facts, "F12 monitor"])
 
 
-def _refresh(shell: Shell) -> None:
-    """Redraw the toolbar while something runs; nothing is polled when idle."""
+def _while_typing(shell: Shell) -> None:
+    """What goes on behind the line that is being typed. Nothing is polled when idle."""
     if toolbar(shell):
         get_app().create_background_task(_redraw(shell))
+    if any(shell.jobs):
+        get_app().create_background_task(_announce(shell))
 
 
 async def _redraw(shell: Shell) -> None:
     while toolbar(shell):
         await asyncio.sleep(_REFRESH_S)
         get_app().invalidate()
+
+
+async def _announce(shell: Shell) -> None:
+    """Tell of jobs that end, above the prompt. A thread sleeps in the mailbox until the prompt is left."""
+    mailbox = shell.system.subscribe("process")
+    try:
+        while True:
+            if jobs.news(shell):
+                await run_in_terminal(lambda: jobs.announce(shell))
+            await asyncio.to_thread(mailbox.wait_receive)
+    finally:
+        shell.system.unsubscribe(mailbox)  # which wakes the thread
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from kernel.errors import LlmosError, UsageError
 from kernel.syscall import Syscalls
 from shell.interrupts import Interrupts
 from shell.jobs import JobTable
-from shell.registry import Registry
+from shell.registry import CommandSpec, Registry
 from shell.syntax import ShellSyntaxError, Variable
 from shell.terminal import Output, one_line
 
@@ -95,7 +95,7 @@ class Shell:
         """A variable's value. Raises UsageError for an unset one in a script; at the prompt it is empty."""
         name = variable.name
         value = self._special(name) if not name[0].isalpha() and name[0] != "_" else self._named(name)
-        if value is None and not self.interactive:
+        if value is None and variable.default is None and not self.interactive:
             raise UsageError(f"the variable {name} is not set")
         return value or ""
 
@@ -160,12 +160,24 @@ class Shell:
         return f"{self.place.name}:{number}: "
 
     def report_internal(self, error: BaseException, message: str) -> None:
-        """Tell of an exception that nobody foresaw; the traceback is kept, and shown only on demand."""
+        """Tell of an exception that nobody foresaw."""
+        self.report(LlmosError(message, "" if self._debugs else "LLMOS_DEBUG=1 shows where it happened"))
+        self.keep_traceback(error)
+
+    def keep_traceback(self, error: BaseException) -> None:
+        """Kept for whoever asks, and shown only on demand."""
         self.last_traceback = "".join(traceback.format_exception(error))
-        hint = "" if self.environment.get("LLMOS_DEBUG") else "LLMOS_DEBUG=1 shows where it happened"
-        self.report(LlmosError(message, hint))
-        if not hint:
+        if self._debugs:
             self.err.write(self.last_traceback)
+
+    @property
+    def _debugs(self) -> bool:
+        return bool(self.environment.get("LLMOS_DEBUG"))
+
+    def command(self, name: str) -> CommandSpec:
+        """A command, imported if need be; ^C ends an import. Raises CommandNotFound, PluginFailed."""
+        with self.interrupts.raised():
+            return self.registry.find(name)
 
 
 def error_json(error: LlmosError) -> str:

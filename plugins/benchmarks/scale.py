@@ -1,7 +1,8 @@
 """`bench scale`: what a scheduling decision costs, and what a queued process weighs, as they grow in number.
 
 A decision is what the scheduler does for each request that it grants: pick the thread with the best claim
-and charge it, in the production run queue, with every process ready and nice values mixed.
+and charge it, in the production run queue, with nice values mixed: with 64 seats, where the others wait
+for one, and with a seat for each.
 Not here: what an engine costs (throughput).
 """
 
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drivers.simmodel import SimModel
+from kernel.fairness import OUTPUT_UNITS
 from kernel.process import ProcessSpec
+from kernel.runqueue import RunQueue
 from plugins.benchmarks.replay import Replay, percentile
 from plugins.benchmarks.trace import Request
 
 SIZES = (1_000, 10_000, 100_000)
 DECISIONS = 20_000
+SEATS = 64
 NICES = (-10, -5, 0, 0, 0, 5, 10, 19)
 
 
@@ -39,6 +43,8 @@ class Scale:
             "processes": self.processes,
             "growth_p50": self.growth("decision_p50_us"),
             "growth_p99": self.growth("decision_p99_us"),
+            "all_seated_growth_p50": self.growth("all_seated_p50_us"),
+            "all_seated_growth_p99": self.growth("all_seated_p99_us"),
             "bytes_per_process": self.bytes_per_process,
         }
 
@@ -64,21 +70,32 @@ def _decide(size: int, decisions: int) -> dict[str, float]:
     _spawn(replay, size)
     spawn_us = (time.perf_counter() - began_s) / size * 1e6
     queue = replay.kernel.models["trace"].queue
-    for thread in list(queue):
+    threads = list(queue)
+    for thread in threads[:SEATS]:
         queue.seat(thread, True)
-    times_ns = []
-    for _ in range(decisions):
-        at_ns = time.perf_counter_ns()
-        thread_picked = queue.pick()
-        assert thread_picked is not None
-        queue.charge(thread_picked, 2.0)
-        times_ns.append(time.perf_counter_ns() - at_ns)
-    times_ns.sort()
+    decision = _time(queue, decisions)
+    for thread in threads[SEATS:]:
+        queue.seat(thread, True)
+    crowd = _time(queue, decisions)
     return {
-        "decision_p50_us": percentile(times_ns, 0.50) / 1000,
-        "decision_p99_us": percentile(times_ns, 0.99) / 1000,
+        "decision_p50_us": percentile(decision, 0.50),
+        "decision_p99_us": percentile(decision, 0.99),
+        "all_seated_p50_us": percentile(crowd, 0.50),
+        "all_seated_p99_us": percentile(crowd, 0.99),
         "spawn_us": spawn_us,
     }
+
+
+def _time(queue: RunQueue, decisions: int) -> list[float]:
+    """Microseconds of each decision, in order of size."""
+    times_us = []
+    for _ in range(decisions):
+        at_ns = time.perf_counter_ns()
+        thread = queue.pick()
+        assert thread is not None
+        queue.charge(thread, OUTPUT_UNITS)
+        times_us.append((time.perf_counter_ns() - at_ns) / 1000)
+    return sorted(times_us)
 
 
 def bytes_per_process(count: int) -> float:

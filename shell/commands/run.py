@@ -2,15 +2,17 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import ProcessSpec, Sampling
+from shell.files import open_file
 from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
+from shell.render import format_size
 from shell.session import Shell
 
+_INPUT_MAX_BYTES = 256 << 20
 _SIZES = {"k": 1024, "m": 1024 * 1024}
 
 
@@ -36,7 +38,9 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--top-p", type=float, metavar="P", help="of the likeliest that make up P")
     parser.add("--min-p", type=float, metavar="P", help="of those at least P times as likely as the best")
     parser.add("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
-    parser.add("--max-tokens", type=tokens, default=0, metavar="N", help="end a reply after N tokens")
+    parser.add(
+        "--max-tokens", type=tokens, default=0, metavar="N", help="end a reply after N tokens; 0: no limit"
+    )
     parser.add("--nice", type=int, metavar="N", help="-20 (most) to 19 (least)")
     parser.add("--ignore-eos", action="store_true", default=None, help="go on after the model's end mark")
     parser.add(
@@ -86,25 +90,29 @@ def _prompts(shell: Shell, args: argparse.Namespace) -> tuple[str, ...]:
 def _content(shell: Shell, file: str | None, *, has_words: bool) -> str | None:
     """The text of -f, of `< file`, or of a standard input that is not a terminal; bytes pass undamaged."""
     if file is not None and file != "-":
-        return _decode(_read_file(file))
+        with shell.interrupts.raised(), open_file(file, "rb") as opened:
+            return _read(opened, file)
     if shell.frame.stdin is not None:
-        return _decode(shell.frame.stdin.read())
+        with shell.interrupts.raised():
+            return _read(shell.frame.stdin, "the input")
     if file is None and (has_words or shell.frame.background or shell.interactive):
         return None
     stdin: BinaryIO | None = shell.stdin
     if stdin is None or stdin.isatty():
         return None
-    return _decode(stdin.read())
+    with shell.interrupts.raised():
+        return _read(stdin, "standard input")
 
 
-def _read_file(name: str) -> bytes:
+def _read(file: BinaryIO, name: str) -> str:
+    """The whole of it. Raises LlmosError where there is no end in sight, or it cannot be read."""
     try:
-        return Path(name).read_bytes()
-    except (OSError, ValueError) as error:
-        raise LlmosError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _decode(content: bytes) -> str:
+        content = file.read(_INPUT_MAX_BYTES + 1)
+    except OSError as error:
+        raise LlmosError(f"{name}: {error.strerror}") from error
+    if len(content) > _INPUT_MAX_BYTES:
+        hint = "all of the input is read before the first answer: `split` it"
+        raise LlmosError(f"{name}: more than {format_size(_INPUT_MAX_BYTES)}", hint)
     return content.decode("utf-8", "surrogateescape")
 
 
@@ -119,7 +127,8 @@ SPECS = (
             "run nano -f report.md summarize > sum.txt &",
             "run nano --lines < q.txt",
         ),
-        notes="The words are joined by blanks and are never file patterns. `--` ends the options.",
+        notes="The words are joined by blanks and are never file patterns. `--` ends the options.\n"
+        "All of the input is read before the first answer, with --lines too (256 MiB at most).",
         group="processes",
         background=True,
         patterns=False,

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from kernel.errors import UsageError
 from kernel.snapshot import LogView, PoolView, SystemView
-from shell.process_table import process_columns, state_letter
+from shell.process_table import process_columns, state_counts
 from shell.registry import Arguments, CommandSpec
 from shell.render import Column, bar, format_bytes, format_duration, to_json, write_table
 from shell.session import Shell
@@ -51,11 +51,10 @@ def _print_frame(shell: Shell, view: SystemView) -> None:
 
 
 def _uptime_line(view: SystemView) -> str:
-    letters = [state_letter(process) for process in view.processes]
-    states = " ".join(f"{letters.count(letter)}{letter}" for letter in "RQSTWZ" if letter in letters)
     clock = datetime.fromtimestamp(view.time_s).strftime("%H:%M:%S")
     rate = sum(device.tokens_per_s for device in view.devices)
-    processes = f"{len(letters)} process{'' if len(letters) == 1 else 'es'} {states}".rstrip()
+    count = len(view.processes)
+    processes = f"{count} process{'' if count == 1 else 'es'} {state_counts(view.processes)}".rstrip()
     return f"{clock} up {format_duration(view.uptime_s)}, {processes}, {rate:.0f} tok/s, policy {view.policy}"
 
 
@@ -120,24 +119,32 @@ def _memory_rows(pool: PoolView) -> Iterator[_MemoryRow]:
 
 def _dmesg_arguments(parser: Arguments) -> None:
     parser.add("-n", dest="last", type=int, metavar="N", help="the last N lines")
-    parser.add(
-        "--level", choices=_LEVELS, default="debug", metavar="LEVEL", help="at least debug, info, warn, error"
-    )
-    parser.add("--json", action="store_true", help="one array")
+    parser.add("--level", choices=_LEVELS, metavar="LEVEL", help="at least debug, info, warn, error")
+    parser.add("--json", action="store_true", help="one array; every line, unless there is a --level")
 
 
 def _dmesg(shell: Shell, args: Namespace) -> int:
     if args.last is not None and args.last < 0:
         raise UsageError("dmesg: -n must not be negative")
-    lowest = _LEVELS.index(args.level)
-    lines = [line for line in shell.system.log() if _rank(line) >= lowest]
+    as_json = args.json or shell.json
+    lines = _selected(shell, "debug" if as_json and not args.level else args.level)
     if args.last is not None:
         lines = lines[len(lines) - min(args.last, len(lines)) :]
-    if args.json or shell.json:
+    if as_json:
         shell.out.line(to_json(lines))
-        return 0
-    shell.out.lines(_log_line(shell, line) for line in lines)
+    else:
+        shell.out.lines(_log_line(shell, line) for line in lines)
     return 0
+
+
+def _selected(shell: Shell, level: str | None) -> list[LogView]:
+    """Lines from a level on; without one, all but what engines say of themselves while all is well."""
+    lines = shell.system.log()
+    if level is not None:
+        return [line for line in lines if _rank(line) >= _LEVELS.index(level)]
+    engines = {model.name for model in shell.system.snapshot().models}
+    warn = _LEVELS.index("warn")
+    return [line for line in lines if line.source not in engines or _rank(line) >= warn]
 
 
 def _log_line(shell: Shell, line: LogView) -> str:
@@ -173,7 +180,8 @@ SPECS = (
         "the kernel log",
         _dmesg,
         _dmesg_arguments,
-        ("dmesg -n 20", "dmesg --level warn"),
+        ("dmesg -n 20", "dmesg --level debug"),
+        notes="Without --level: what the kernel says, and what engines warn of.",
         group="system",
     ),
 )
