@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
-from kernel.device import DeviceInfo, Prompt, QuantumEnd, SequenceStep, StepEvent
+from kernel.device import DeviceInfo, Opened, Prompt, QuantumEnd, SequenceStep, StepEvent
 from kernel.errors import CheckpointInvalid, ContextFull, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.models import Model
@@ -23,6 +23,7 @@ from kernel.process import Process, ProcessTable, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 
 QUANTA_IN_FLIGHT = 2
+QUEUE_AHEAD = 3  # prompts of a job that its engine knows before they are due
 DEATHS_MAX = 2  # of the engine while it opens one sequence
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
 
@@ -206,6 +207,7 @@ class Dispatcher:
 
     def _open(self, model: Model, thread: Thread) -> None:
         """Begin, or take up again, a thread's sequence on its seat; pass over prompts that cannot be."""
+        process = thread.process
         while True:
             try:
                 opened_tokens, computed = self._open_sequence(model, thread)
@@ -217,16 +219,21 @@ class Dispatcher:
                 if not self._next_item(thread, error):
                     return
         with self.table.lock:
-            process = thread.process
-            thread.computed = computed
+            thread.computed, thread.sent = computed, process.item
             if not thread.tokens:
-                thread.tokens.extend(opened_tokens)
-                thread.prompt_length = len(opened_tokens)
-                process.prompt_tokens += len(opened_tokens)
-                process.shared_tokens += computed
+                thread.begin(Opened(opened_tokens, computed))
             if thread in model.queue:
                 model.queue.seat(thread, True)
                 process.state, process.waits_for = State.RUNNABLE, ""
+        self._queue_ahead(model, thread)
+
+    def _queue_ahead(self, model: Model, thread: Thread) -> None:
+        """Let the engine know the job's next prompts, so that it need not wait for us between two."""
+        process = thread.process
+        last = min(len(process.spec.prompts) - 1, process.item + QUEUE_AHEAD)
+        while thread.seat is not None and thread.sent < last:
+            thread.sent += 1
+            model.open_host().queue(thread.seat, process.prompt(thread.sent), process.spec.sampling)
 
     def _suspect(self, thread: Thread) -> None:
         """The engine died while it opened this sequence: a second time, and the prompt is to blame."""
@@ -243,7 +250,7 @@ class Dispatcher:
         assert seat is not None
         sampling = process.spec.sampling
         if not thread.tokens:
-            opened = host.open(seat, process.prompt(), sampling)
+            opened = host.open(seat, process.prompt(process.item), sampling)
             return opened.tokens, opened.shared_tokens
         prompt = Prompt(
             tokens=tuple(thread.tokens),
@@ -283,9 +290,11 @@ class Dispatcher:
         try:
             event = model.open_host().poll(None)
             if isinstance(event, StepEvent):
-                for thread, error in self._commit(self.flights[0], event):
-                    if self._next_item(thread, error):
+                for thread in self._commit(self.flights[0], event):
+                    if thread.sent < thread.process.item:
                         self._open(model, thread)
+                    else:
+                        self._queue_ahead(model, thread)
             elif isinstance(event, QuantumEnd):
                 self._end_flight(event)
         except WorkerDied as error:
@@ -306,9 +315,9 @@ class Dispatcher:
                 if thread not in still and thread.process.state is State.RUNNING:
                     thread.process.state = State.RUNNABLE
 
-    def _commit(self, flight: Flight, event: StepEvent) -> list[tuple[Thread, LlmosError | None]]:
-        """Book what a step did; returns the threads whose item ended."""
-        ended: list[tuple[Thread, LlmosError | None]] = []
+    def _commit(self, flight: Flight, event: StepEvent) -> dict[Thread, None]:
+        """Book what a step did; returns the threads that have another prompt to answer, in order."""
+        onward: dict[Thread, None] = {}
         with self.table.lock:
             now_s = self.clock.now_s()
             flight.used_s += event.step_s
@@ -321,20 +330,27 @@ class Dispatcher:
                 thread = flight.model.seats[step.seq]
                 if thread is None:
                     continue  # killed meanwhile: it gets nothing after the acknowledgement
+                if step.opened is not None:
+                    thread.begin(step.opened)
+                    continue
                 self._book(flight, thread, step, used)
                 thread.process.device_s += event.step_s * used / total
                 if step.token is not None:
                     self.life.touched(thread.process)
                     self._emit(thread.process, thread, step, now_s)
-                if step.finish is not None:
-                    ended.append((thread, self._complaint(flight.model, step)))
+                if (step.finish or step.error) and self._next_item(
+                    thread, self._complaint(flight.model, step)
+                ):
+                    onward[thread] = None
             self._measure(event, now_s)
-        return ended
+        return onward
 
     @staticmethod
     def _book(flight: Flight, thread: Thread, step: SequenceStep, used: float) -> None:
         tokens = step.prompt_tokens + (step.token is not None)
         grant = flight.grants.setdefault(thread, Grant())
+        thread.computed += step.shared_tokens
+        thread.process.shared_tokens += step.shared_tokens
         grant.used_tokens += tokens
         grant.used_units += used
         thread.granted -= tokens
@@ -356,7 +372,7 @@ class Dispatcher:
     @staticmethod
     def _complaint(model: Model, step: SequenceStep) -> LlmosError | None:
         if step.finish != "context":
-            return None
+            return step.error
         window = model.open_host().info.context_tokens
         return ContextFull(
             f"the context window of {window} tokens is full", "load the model with a larger --ctx"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
-from kernel.device import Prompt, Sampling
+from kernel.device import Opened, Prompt, Sampling
 from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNotFound, UsageError
 from kernel.fairness import WEIGHTS, weight_of
 from kernel.monitor import Rate
@@ -137,6 +137,7 @@ class Thread:
     computed: int = 0  # tokens whose KV exists
     kv: bytes | None = field(default=None, repr=False)  # KV state swapped out to RAM
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
+    sent: int = -1  # the last item whose prompt its engine knows
     deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
 
@@ -154,6 +155,13 @@ class Thread:
     def prefilling(self) -> bool:
         """More is known than computed: it cannot draw a token yet."""
         return len(self.tokens) - self.computed > 1
+
+    def begin(self, opened: Opened) -> None:
+        """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
+        self.tokens.extend(opened.tokens)
+        self.prompt_length, self.computed = len(opened.tokens), opened.shared_tokens
+        self.process.prompt_tokens += len(opened.tokens)
+        self.process.shared_tokens += opened.shared_tokens
 
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
@@ -203,9 +211,9 @@ class Process:
     def alive(self) -> bool:
         return self.state is not State.ZOMBIE
 
-    def prompt(self) -> Prompt:
-        """The current prompt, as the engine wants it."""
-        text, limit = self.spec.prompts[self.item], self.spec.max_tokens
+    def prompt(self, item: int) -> Prompt:
+        """A prompt of the job, as the engine wants it."""
+        text, limit = self.spec.prompts[item], self.spec.max_tokens
         if self.spec.raw:
             return Prompt(text=text, max_tokens=limit)
         return Prompt(messages=(("user", text),), max_tokens=limit)

@@ -6,12 +6,21 @@ Not here: the measurements (plugins.benchmarks), what they have shown (docs/perf
 
 import argparse
 
-from plugins.benchmarks import boot, idle, kill, throughput
+from plugins.benchmarks import boot, idle, kill, simulated, throughput
 from shell.help import command_help
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
 
-BENCHMARKS = {spec.name.split()[1]: spec for spec in (throughput.SPEC, kill.SPEC, boot.SPEC, idle.SPEC)}
+_SPECS = (
+    throughput.SPEC,
+    kill.SPEC,
+    boot.SPEC,
+    idle.SPEC,
+    simulated.FAIRNESS,
+    simulated.LATENCY,
+    simulated.SCALE,
+)
+BENCHMARKS = {spec.name.split()[1]: spec for spec in _SPECS}
 
 
 def _arguments(parser: Arguments) -> None:

@@ -34,15 +34,21 @@ def expand_words(
 
 def _is_all_arguments(word: Word) -> bool:
     parts = [part for part in word.parts if not (isinstance(part, Text) and part.text == "")]
-    return len(parts) == 1 and isinstance(parts[0], Variable) and parts[0].name == "@"
+    only = parts[0] if len(parts) == 1 else None
+    return isinstance(only, Variable) and only.name == "@" and only.default is None
 
 
 def _strings(word: Word, lookup: Lookup) -> list[str]:
-    strings = [part.text if isinstance(part, Text) else lookup(part) for part in word.parts]
+    strings = [part.text if isinstance(part, Text) else _value(part, lookup) for part in word.parts]
     first = word.parts[0] if word.parts else None
     if isinstance(first, Text) and not first.quoted and first.text.startswith("~"):
         strings[0] = _home(first.text, whole=len(word.parts) == 1)
     return strings
+
+
+def _value(variable: Variable, lookup: Lookup) -> str:
+    value = lookup(variable)
+    return value if value or variable.default is None else expand_word(variable.default, lookup)
 
 
 def _home(text: str, *, whole: bool) -> str:

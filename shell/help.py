@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterator
 from itertools import groupby
 
-from shell.registry import Arguments, CommandSpec, Registry
-from shell.terminal import cell_width
+from shell.registry import Arguments, CommandSpec, Entry, Registry
+from shell.terminal import cell_width, one_line
 
 _GROUPS = ("processes", "models", "system", "shell", "plugins")
 
@@ -36,7 +36,29 @@ def overview(registry: Registry) -> list[str]:
     lines: list[str] = []
     for group, entries in groupby(specs, key=lambda entry: _group(entry.spec)):
         lines += [group, *_two_columns([(entry.name, entry.summary) for entry in entries])]
-    return [*lines, "`help COMMAND` or `COMMAND -h` says more."]
+    warnings = [one_line(f"warning: {text}") for text in registry.warnings]
+    return [*lines, *warnings, "`help COMMAND` or `COMMAND -h` says more."]
+
+
+def plain_entry(entry: Entry) -> dict[str, object]:
+    """A row of the overview, for programs."""
+    return {"name": entry.name, "summary": entry.summary, "group": _group(entry.spec)}
+
+
+def plain_help(spec: CommandSpec) -> dict[str, object]:
+    """The page of one command, for programs."""
+    parser = spec.parser()
+    rows = [row for row in map(_row, parser.actions) if row]
+    return {
+        "name": spec.name,
+        "summary": spec.summary,
+        "group": spec.group,
+        "usage": usage(parser),
+        "options": [{"name": name, "help": text} for name, text in rows],
+        "notes": spec.notes,
+        "aliases": list(spec.aliases),
+        "examples": list(spec.examples),
+    }
 
 
 def _group(spec: CommandSpec | None) -> str:

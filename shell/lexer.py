@@ -18,7 +18,9 @@ _METACHARACTERS = frozenset(" \t\r\n;&|<>()")
 _BARE = re.compile(r"[^ \t\r\n;&|<>()'\"\\$`]+")
 _IN_DOUBLE_QUOTES = re.compile(r'[^"\\$`]+')
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[?!#@]|[0-9]")
-_BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[?!#@]|[0-9]+)\}")
+_BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[?!#@]|[0-9]+)(\}|:-)")
+_BARE_DEFAULT = re.compile(r"[^}'\"\\$`]+")
+_DOUBLE_QUOTED_DEFAULT = re.compile(r'[^}"\\$`]+')
 _SAFE = re.compile(r"[A-Za-z0-9_@%+:,./^-]+")
 
 
@@ -193,9 +195,38 @@ class _Lexer:
         if found is None:
             if "}" not in self.text[start:]:
                 raise self._incomplete("the brace { is not closed", start)
-            raise self._error("not a variable's name", start, 2, "write ${NAME}")
+            raise self._error("not a variable's name", start, 2, "write ${NAME} or ${NAME:-default}")
         self.at = found.end()
-        return Variable(found.group(1), quoted, Span(start, self.at))
+        default = self._default(start, quoted=quoted) if found.group(2) == ":-" else None
+        return Variable(found.group(1), quoted, Span(start, self.at), default)
+
+    def _default(self, brace: int, *, quoted: bool) -> Word:
+        """What stands between `:-` and `}`: blanks too, for expansions never split."""
+        start = self.at
+        parts: list[Part] = []
+        while not self.text.startswith("}", self.at):
+            if self.at == len(self.text):
+                raise self._incomplete("the brace { is not closed", brace)
+            parts.extend(self._default_part(quoted=quoted))
+        self.at += 1
+        return Word(tuple(parts), Span(start, self.at - 1))
+
+    def _default_part(self, *, quoted: bool) -> Iterator[Part]:
+        match self.text[self.at]:
+            case "'" if not quoted:
+                yield self._single_quoted()
+            case '"' if not quoted:
+                yield from self._double_quoted()
+            case '"':
+                raise self._error('unexpected `"` inside the braces', self.at, 1)
+            case "\\":
+                yield from self._escaped(only='$"\\`}\n' if quoted else "")
+            case "$":
+                yield self._dollar(quoted=quoted)
+            case "`":
+                self._refuse(self.at)
+            case _:
+                yield self._run(_DOUBLE_QUOTED_DEFAULT if quoted else _BARE_DEFAULT, quoted=True)
 
     def _error(self, message: str, start: int, length: int, hint: str = "") -> ShellSyntaxError:
         return ShellSyntaxError(message, self.text, Span(start, start + length), hint)

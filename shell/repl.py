@@ -41,6 +41,8 @@ def interact(shell: Shell, history: Path | None) -> int:
     """
     shell.interactive = True
     session = _session(shell, _history(shell, history))
+    for text in shell.registry.warnings:
+        shell.note(f"warning: {text}")
     try:
         with _terminal_stop_ignored():
             return _loop(shell, session)

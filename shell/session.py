@@ -92,7 +92,7 @@ class Shell:
     last_traceback: str = ""  # of the last internal error
 
     def lookup(self, variable: Variable) -> str:
-        """A variable's value. Raises UsageError for an unset one in a script; at the prompt it is empty."""
+        """A variable's value, "" where there is none; in a script without a default: raises UsageError."""
         name = variable.name
         value = self._special(name) if not name[0].isalpha() and name[0] != "_" else self._named(name)
         if value is None and variable.default is None and not self.interactive:

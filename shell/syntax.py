@@ -28,11 +28,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """`$x`, `${x}`, `$?`, `$!`, `$#`, `$@`, `$1`."""
+    """`$x`, `${x}`, `${x:-default}`, `$?`, `$!`, `$#`, `$@`, `$1`."""
 
     name: str
     quoted: bool
     span: Span
+    default: "Word | None" = None  # stands for a variable that is not set or empty
 
 
 Part = Text | Variable

@@ -105,6 +105,20 @@ def prompts_of(shell: Session, text: str) -> list[tuple[str, ...]]:
         ("run quick --temp=nan hi", 2, "nan"),
         ("run quick --nice 99 hi", 2, "99"),
         ("nice", 2, "which command"),
+        ("nice 99 run quick hi", 2, "nice -n 99 run …"),
+        ("nice -5 run quick hi", 2, "nice -n -5 run …"),
+        ("nice 3", 2, "`3` is not a command"),
+        ("kill", 2, "which process"),
+        ("kill -sFOO 3", 2, "no signal `FOO`"),
+        ('cat ""', 2, "name of the file is empty"),
+        ('run quick hi -f ""', 2, "name of the file is empty"),
+        ('ps > ""', 2, "name of the file is empty"),
+        ('save 2 ""', 2, "name of the file is empty"),
+        ("cat .", 1, ".: Is a directory"),
+        ("run quick -f .", 1, ".: Is a directory"),
+        ("cd /nonexistent", 1, "/nonexistent: No such file"),
+        ("export", 127, "`help` lists the commands"),
+        ("alias", 127, "`help` lists the commands"),
         ("kill 99", 1, "no process 99"),
         ("kill abc", 2, "not a PID"),
         ("kill %1", 2, "no job"),
@@ -376,9 +390,10 @@ def test_a_plugin_is_imported_at_first_use_and_cannot_hurt(shell: Session) -> No
     assert shell.script("good; good") == (0, "good\ngood\n", "")
     assert imported == ["good"]
     for name, status, about in [
-        ("raises", 1, "plugin raises: ValueError: invalid literal"),
-        ("leaves", 1, "plugin leaves: SystemExit: 3"),
-        ("broken", 126, "plugin broken: ImportError: no module named nothing"),
+        ("raises", 1, "ValueError: invalid literal"),
+        ("leaves", 1, "SystemExit: 3"),
+        ("broken", 126, "test_shell_commands.py"),
+        ("broken", 126, "ImportError: no module named nothing"),
         ("wrong", 126, "it gave a int"),
     ]:
         found, _, err = shell.script(name)
@@ -390,4 +405,7 @@ def test_exit_codes_and_jobs_at_the_prompt(shell: Session) -> None:
     shell.shell.interactive = True
     shell.line("run endless hi &")
     assert "there is 1 job" in shell.line("exit")[2]
-    assert shell.shell.status == 1
+    assert shell.shell.status == 0  # or the second `exit` would leave with the refusal's code
+    assert shell.line("(")[0] == 2
+    shell.shell.exit_warned = False
+    assert shell.line("exit")[0] == 2

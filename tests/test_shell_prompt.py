@@ -186,9 +186,12 @@ def test_colours_come_from_the_lexer(shell: Session) -> None:
 def test_the_toolbar_is_empty_unless_something_runs(shell: Session) -> None:
     assert toolbar(shell.shell) == ""
     shell.line("run endless hi > f &")
-    assert toolbar(shell.shell).startswith("1R 0T")
+    shell.shell.system.wait_load("endless")
+    assert toolbar(shell.shell).startswith("1R · ")
     shell.line("stop %1")
-    assert toolbar(shell.shell).startswith("0R 1T")
+    assert toolbar(shell.shell).startswith("1T · ")
+    shell.line("run slow-load hi > f &")
+    assert toolbar(shell.shell).startswith("1Q 1T · ")
 
 
 def test_a_session_without_a_terminal_needs_no_terminal_file() -> None:

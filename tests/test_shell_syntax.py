@@ -9,7 +9,7 @@ from shell.lexer import quote, scan, tokenize
 from shell.parser import parse
 from shell.syntax import Command, Incomplete, ShellSyntaxError, Variable, Word
 
-SHELLISH = st.text(st.sampled_from("ab=x1 \t\n'\"\\$#;&|<>(){}~*?[]`!%-é\u202e"), max_size=30)
+SHELLISH = st.text(st.sampled_from("ab=x1:- \t\n'\"\\$#;&|<>(){}~*?[]`!%-é\u202e"), max_size=30)
 
 
 def words_of(text: str, variables: dict[str, str] | None = None) -> list[str]:
@@ -80,6 +80,9 @@ def test_tokens_cover_the_text_in_order(text: str) -> None:
         ('echo "$@" $@ "all: $@"', ["echo", "one", "two words", "one", "two words", "all: one two words"]),
         ("echo \\\n  next", ["echo", "next"]),
         ("echo what's 'up'?'", ["echo", "whats up?"]),
+        ("echo ${x:-no} ${empty:-a  b} \"${empty:-$x's \\} it}\"", ["echo", "2 words", "a  b", "2 words's } it"]),
+        ("echo ${empty:-} ${empty:-'}'}${empty:-${x}}", ["echo", "", "}2 words"]),
+        ("echo ${empty:-*}", ["echo", "*"]),
     ],
 )
 def test_words(text: str, words: list[str]) -> None:
@@ -114,7 +117,7 @@ def test_assignments() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["echo 'a", 'echo "a', 'echo "a $x', "echo a \\", "a &&", "a ||\n", "echo ${x"]
+    "text", ["echo 'a", 'echo "a', 'echo "a $x', "echo a \\", "a &&", "a ||\n", "echo ${x", "echo ${x:-a b", "echo ${x:-'}"]
 )
 def test_incomplete(text: str) -> None:
     with pytest.raises(Incomplete):
@@ -137,7 +140,9 @@ def test_incomplete(text: str) -> None:
         ("x=1 a", 4, "for one command alone"),
         ("echo $(date)", 5, "`$(`"),
         ("echo `date`", 5, "``"),
-        ("echo ${x:-1}", 5, "variable's name"),
+        ("echo ${x:=1}", 5, "variable's name"),
+        ('echo "${x:-"1"}"', 10, '`"`'),
+        ("echo ${x:-$(date)}", 10, "`$(`"),
         ("(a)", 0, "`(`"),
     ],
 )

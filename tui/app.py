@@ -197,33 +197,49 @@ class MonitorApp(App[None]):
     def action_stop(self) -> None:
         """Stop each, or let it go on, whichever its state calls for at this moment."""
 
-        def toggle(pid: int) -> None:
+        def toggle(pid: int) -> str:
             stopped = self._system.process(pid).state == "STOPPED"
             self._system.signal(pid, Signal.CONT if stopped else Signal.STOP)
+            return "continued" if stopped else "stopped"
 
-        self._each(self._table.roster.chosen, toggle, "stopped or continued")
+        self._each(self._table.roster.chosen, toggle)
 
     def action_renice(self, step: int) -> None:
-        def renice(pid: int) -> None:
-            nice = self._system.process(pid).nice + step
-            self._system.renice(pid, max(-20, min(19, nice)))
+        def renice(pid: int) -> str:
+            nice = max(-20, min(19, self._system.process(pid).nice + step))
+            self._system.renice(pid, nice)
+            return f"nice {nice}"
 
-        self._each(self._table.roster.chosen, renice, f"nice {step:+}")
+        self._each(self._table.roster.chosen, renice)
 
     def _signal(self, chosen: Sequence[ProcessView], signal: Signal | None) -> None:
+        def send(pid: int) -> str:
+            assert signal is not None
+            self._system.signal(pid, signal)
+            return f"{signal.name} sent"
+
         if signal is not None:
-            self._each(chosen, lambda pid: self._system.signal(pid, signal), f"{signal.name} sent")
+            self._each(chosen, send)
 
     def _set_nice(self, chosen: Sequence[ProcessView], nice: int | None) -> None:
-        if nice is not None:
-            self._each(chosen, lambda pid: self._system.renice(pid, nice), f"nice {nice}")
+        def renice(pid: int) -> str:
+            assert nice is not None
+            self._system.renice(pid, nice)
+            return f"nice {nice}"
 
-    def _each(self, chosen: Sequence[ProcessView], act: Callable[[int], object], done: str) -> None:
-        """Act on each process; one that fails does not keep the others from it."""
-        pids = [process.pid for process in chosen]
-        failed = [pid for pid in pids if not self._attempt(lambda pid=pid: act(pid))]  # type: ignore[misc]
-        if pids and not failed:
-            self.say(f"{done}: {' '.join(map(str, pids))}")
+        if nice is not None:
+            self._each(chosen, renice)
+
+    def _each(self, chosen: Sequence[ProcessView], act: Callable[[int], str]) -> None:
+        """Act on each process, and say what was done to which; one that fails does not keep the others from it."""
+        done: dict[str, list[str]] = {}
+
+        def note(pid: int) -> None:
+            done.setdefault(act(pid), []).append(str(pid))
+
+        succeeded = [self._attempt(lambda pid=process.pid: note(pid)) for process in chosen]  # type: ignore[misc]
+        if done and all(succeeded):
+            self.say(" · ".join(f"{what}: {' '.join(pids)}" for what, pids in done.items()))
         self.update()
 
 

@@ -45,6 +45,15 @@ def _context_cell(view: ProcessView) -> str:
     return f"{bar(share, 4)}{percent(share):>5}" if view.context_limit_tokens else "-"
 
 
+def _rate_cell(view: ProcessView) -> str:
+    return "-" if view.state == "ZOMBIE" else rate_short(view.tokens_per_s)
+
+
+def _rate_now(view: ProcessView) -> float:
+    """What has ended goes below what stands still, however fast it was."""
+    return -1.0 if view.state == "ZOMBIE" else view.tokens_per_s
+
+
 def _command_cell(view: ProcessView) -> str:
     """What went wrong or is awaited comes first, for it is what one looks for."""
     waits = f"waits for {view.waits_for}" if view.waits_for and view.state != "STOPPED" else ""
@@ -60,7 +69,7 @@ COLUMNS = (
     Column("DEV", 5, 9, lambda v: v.device or "-", lambda v: v.device),
     Column("KV", 5, 8, lambda v: bytes_short(v.kv_bytes), lambda v: v.kv_bytes, True, True),
     Column("CTX%", 9, 6, _context_cell, _context_share, False, True),
-    Column("TOK/S", 6, 1, lambda v: rate_short(v.tokens_per_s), lambda v: v.tokens_per_s, True, True),
+    Column("TOK/S", 6, 1, _rate_cell, _rate_now, True, True),
     Column("TIME", 8, 5, lambda v: time_short(v.elapsed_s), lambda v: v.elapsed_s, True, True),
     Column("COMMAND", 0, 3, _command_cell, lambda v: v.command),
 )

@@ -49,9 +49,10 @@ class KillMenu(ModalScreen[Signal | None]):
 
 
 def _signal_line(signal: Signal, kv_bytes: int) -> str:
-    kept = bytes_short(kv_bytes)
-    what = {Signal.STOP: f"pauses; keeps KV {kept}", Signal.CONT: "goes on"}
-    ends = f"ends with {_ENDS.get(signal)}, frees KV +{kept}"
+    size = bytes_short(kv_bytes)
+    kept, freed = (f"; keeps KV {size}", f", frees KV +{size}") if kv_bytes else ("", "")
+    what = {Signal.STOP: f"pauses{kept}", Signal.CONT: "goes on"}
+    ends = f"ends with {_ENDS.get(signal)}{freed}"
     return f"{signal.name:<4} {signal.value:>2}  {what.get(signal, ends)}"
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from kernel.snapshot import SystemView
 
+_FADED = 0.02  # of the highest rate in sight
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -36,11 +38,17 @@ class Feed:
 
     def _take(self) -> SystemView:
         view = self._read()
+        decode = sum(device.tokens_per_s for device in view.devices)
+        prefill = sum(device.prefill_tokens_per_s for device in view.devices)
+        if not any(device.running or device.runnable for device in view.devices):
+            decode = self._faded(decode, [sample.decode_tokens_per_s for sample in self.history])
+            prefill = self._faded(prefill, [sample.prefill_tokens_per_s for sample in self.history])
         self.history.append(
-            Sample(
-                sum(device.tokens_per_s for device in view.devices),
-                sum(device.prefill_tokens_per_s for device in view.devices),
-                {device.info.name: device.busy for device in view.devices},
-            )
+            Sample(decode, prefill, {device.info.name: device.busy for device in view.devices})
         )
         return view
+
+    @staticmethod
+    def _faded(rate: float, before: list[float]) -> float:
+        """A rate when nothing runs: the kernel's mean never quite forgets, but what is left of it is no speed."""
+        return rate if rate > _FADED * max(before, default=0.0) else 0.0

@@ -5,7 +5,15 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kernel.errors import Interrupted, LlmosError, UsageError
+from kernel.errors import (
+    CheckpointInvalid,
+    Interrupted,
+    LlmosError,
+    ModelInvalid,
+    ModelNotFound,
+    NotPermitted,
+    UsageError,
+)
 from kernel.snapshot import ModelView, SystemView
 from kernel.syscall import EngineOptions, ModelInfo
 from shell.commands.run import tokens
@@ -40,8 +48,20 @@ def _load_arguments(parser: Arguments) -> None:
 
 
 def _load(shell: Shell, args: Namespace) -> int:
-    if _is_checkpoint(args.model):
+    head = _head(args.model)
+    if head == _CHECKPOINT:
         return start(shell, shell.system.restore(Path(args.model)))
+    try:
+        return _load_model(shell, args)
+    except (ModelInvalid, ModelNotFound) as error:
+        if head == b"":
+            raise ModelInvalid(f"{args.model} is empty: neither a model nor a checkpoint") from error
+        if head is not None and _CHECKPOINT.startswith(head):
+            raise CheckpointInvalid(f"{args.model} ends after {len(head)} bytes") from error
+        raise
+
+
+def _load_model(shell: Shell, args: Namespace) -> int:
     began_s = time.monotonic()
     view = shell.system.load(args.model, EngineOptions(args.ctx, args.seats, args.threads))
     if shell.frame.background:
@@ -51,12 +71,16 @@ def _load(shell: Shell, args: Namespace) -> int:
     return 0
 
 
-def _is_checkpoint(name: str) -> bool:
+def _head(name: str) -> bytes | None:
+    """The first bytes of a regular file; None: a model's name, or one that the kernel will say more about."""
     try:
-        with Path(name).open("rb") as file:
-            return file.read(len(_CHECKPOINT)) == _CHECKPOINT
+        path = Path(name)
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return file.read(len(_CHECKPOINT))
     except (OSError, ValueError):
-        return False  # a model's name, or a file that the kernel will say more about
+        return None
 
 
 def _wait_load(shell: Shell, name: str, shown: str, began_s: float) -> ModelView:
@@ -109,7 +133,7 @@ def _loaded(view: ModelView, seconds: float) -> str:
 
 def _unload_arguments(parser: Arguments) -> None:
     parser.add("model", nargs="?", metavar="MODEL", completes=("model",))
-    parser.add("--all", action="store_true", help="every model that is loaded and not in use")
+    parser.add("--all", action="store_true", help="every model that is not in use; 1 if one is")
 
 
 def _unload(shell: Shell, args: Namespace) -> int:
@@ -117,10 +141,24 @@ def _unload(shell: Shell, args: Namespace) -> int:
         raise UsageError("unload: which model?", "`unload MODEL` or `unload --all`")
     names = [args.model]
     if args.all:
-        names = [m.name for m in shell.system.models() if m.state == "loaded" and not m.processes]
-    for name in names:
-        shell.note(f"unloaded {name}, freed {format_size(shell.system.unload(name))}")
-    return 0
+        names = [model.name for model in shell.system.models() if model.state in ("loaded", "loading")]
+    kept = [_unload_or_say(shell, name, keep=args.all) for name in names].count(False)
+    if args.all and not names:
+        shell.note("no model is loaded")
+    return 1 if kept else 0
+
+
+def _unload_or_say(shell: Shell, name: str, *, keep: bool) -> bool:
+    """With `keep`, a model that cannot be unloaded now is told of; else that is an error."""
+    try:
+        freed_bytes = shell.system.unload(name)
+    except NotPermitted as error:
+        if not keep:
+            raise
+        shell.note(f"kept: {error.message}")
+        return False
+    shell.note(f"unloaded {name}, freed {format_size(freed_bytes)}")
+    return True
 
 
 def _models_arguments(parser: Arguments) -> None:

@@ -2,12 +2,12 @@
 
 import re
 from argparse import REMAINDER, Namespace
-from pathlib import Path
 
 from kernel.errors import UsageError
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
 from shell.commands.targets import add_targets, for_each, pid_of, signal_of
+from shell.files import path_of
 from shell.interpreter import invoke
 from shell.jobs import wait_job
 from shell.process_table import process_columns, sorted_by
@@ -16,6 +16,7 @@ from shell.render import format_size, to_json, write_table
 from shell.session import Shell
 
 _POLL_S = 0.05
+_NUMBER = re.compile(r"[+-]{0,2}\d+")
 _SIGNAL_FLAG = re.compile(r"-(\d+|[A-Za-z][A-Za-z0-9]+)")
 
 
@@ -54,17 +55,26 @@ def _kill_arguments(parser: Arguments) -> None:
     parser.add(
         "-s", "--signal", default="TERM", metavar="SIGNAL", help="INT TERM KILL STOP CONT, or a number"
     )
-    add_targets(parser)
+    parser.add("-l", "--list", action="store_true", help="list the signals")
+    add_targets(parser, optional=True)
 
 
 def _kill_words(words: list[str]) -> list[str]:
-    """`-9` and `-KILL` as `-s`."""
-    if words and _SIGNAL_FLAG.fullmatch(words[0]) and words[0] != "-s":
-        return ["-s", words[0][1:], *words[1:]]
-    return words
+    """`-9` and `-KILL` as `-s`; `-sKILL` is that already, but `-stop` is a signal."""
+    if not words or not _SIGNAL_FLAG.fullmatch(words[0]):
+        return words
+    name = words[0][1:]
+    if name.startswith("s") and name.upper().removeprefix("SIG") not in Signal.__members__:
+        return words
+    return ["-s", name, *words[1:]]
 
 
 def _kill(shell: Shell, args: Namespace) -> int:
+    if args.list:
+        shell.out.lines(f"{number.value:2} {number.name}" for number in Signal)
+        return 0
+    if not args.targets:
+        raise UsageError("kill: which process?", "`kill PID` or `kill %JOB`")
     number = signal_of(args.signal)
     return for_each(shell, args.targets, lambda pid: shell.system.signal(pid, number))
 
@@ -109,6 +119,16 @@ def _nice_arguments(parser: Arguments) -> None:
     parser.add("command", nargs=REMAINDER, metavar="COMMAND", completes=("command",))
 
 
+def _nice_words(words: list[str]) -> list[str]:
+    """`nice 5 run …` and `nice -5 run …` mean opposite things to different people: neither is taken."""
+    if words and _NUMBER.fullmatch(words[0]):
+        following = " ".join(words[1:2]) or "COMMAND"
+        raise UsageError(
+            f"nice: `{words[0]}` is not a command", f"`nice -n {words[0]} {following} …`, or `renice` for a PID"
+        )
+    return words
+
+
 def _nice(shell: Shell, args: Namespace) -> int:
     if not args.command:
         raise UsageError("nice: which command?", "`nice -n 10 run nano …`")
@@ -145,7 +165,7 @@ def _save_arguments(parser: Arguments) -> None:
 
 
 def _save(shell: Shell, args: Namespace) -> int:
-    size = shell.system.save(pid_of(shell, args.target), Path(args.file))
+    size = shell.system.save(pid_of(shell, args.target), path_of(args.file))
     shell.note(f"{args.file}  {format_size(size)}")
     return 0
 
@@ -186,7 +206,7 @@ SPECS = (
         "end a process (or send it another signal)",
         _kill,
         _kill_arguments,
-        ("kill 15", "kill -9 %1 %2", "kill -s STOP 15"),
+        ("kill 15", "kill -9 %1 %2", "kill -s STOP 15", "kill -l"),
         group="processes",
         rewrite=_kill_words,
     ),
@@ -216,6 +236,7 @@ SPECS = (
         group="processes",
         background=True,
         patterns=False,
+        rewrite=_nice_words,
     ),
     CommandSpec(
         "wait",

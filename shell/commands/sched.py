@@ -28,7 +28,7 @@ SPECS = (
         _run,
         _arguments,
         ("sched", "sched priority"),
-        notes="fair: shares by weight. fifo: in order of arrival. rr: turns of equal length. "
+        notes="fair: shares by weight. fifo: in order of arrival. rr: turns of equal length.\n"
         "priority: the lowest nice value first, whatever the others wait.",
         group="system",
     ),

@@ -142,7 +142,7 @@ def _selected(shell: Shell, level: str | None) -> list[LogView]:
     lines = shell.system.log()
     if level is not None:
         return [line for line in lines if _rank(line) >= _LEVELS.index(level)]
-    engines = {model.name for model in shell.system.snapshot().models}
+    engines = {model.name for model in shell.system.models()}
     warn = _LEVELS.index("warn")
     return [line for line in lines if line.source not in engines or _rank(line) >= warn]
 
