@@ -23,7 +23,7 @@ from kernel.process import Process, ProcessTable, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 
 QUANTA_IN_FLIGHT = 2
-QUEUE_AHEAD = 3  # prompts of a job that its engine knows before they are due
+QUEUE_AHEAD = 2  # prompts of a job that its engine knows before they are due
 DEATHS_MAX = 2  # of the engine while it opens one sequence
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
 

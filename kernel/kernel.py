@@ -167,14 +167,14 @@ class Kernel:
         self.models[model].users.add(process.pid)
         return process
 
-    def begin(self, process: Process, model: Model) -> None:
-        """Write it down, then let it run."""
+    def begin(self, process: Process, model: Model, exit_code: int | None = None) -> None:
+        """Write it down, then let it run (or end, if it had ended already)."""
         self.recovery.write_down(process, model)
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down
                 return
-            if process.item == len(process.spec.prompts):
-                self.ended(process, 0)
+            if exit_code is not None or process.item == len(process.spec.prompts):
+                self.ended(process, exit_code or 0)
                 return
             if model.state is ModelState.LOADED:
                 process.state = State.RUNNABLE

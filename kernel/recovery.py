@@ -26,13 +26,24 @@ class Recovery:
         self.journal: Journal | None = None  # of this boot; opened with its first process
         self._journal_failed = False
 
-    def restore(self, path: Path) -> Process:
+    def restore(self, path: Path, sink: str) -> Process:
         from kernel import checkpoint  # deferred: a session that saves nothing need not pay for it
 
-        return self.revive(checkpoint.read(path, self.kernel.parts.key), str(path))
+        saved = checkpoint.read(path, self.kernel.parts.key)
+        return self.revive(replace(saved, spec=replace(saved.spec, sink=sink)), str(path))
 
-    def revive(self, saved: "Checkpoint", origin: str, nice: int | None = None) -> Process:
-        """Continue what was saved as a new process; its output begins with what it had said."""
+    def revive(
+        self,
+        saved: "Checkpoint",
+        origin: str,
+        nice: int | None = None,
+        ppid: int = 1,
+        exit_code: int | None = None,
+    ) -> Process:
+        """Continue what was saved as a new process; its output begins with what it had said.
+
+        With an exit code it had ended already: only its output has to be written.
+        """
         from kernel import checkpoint
 
         spec = saved.spec if nice is None else replace(saved.spec, nice=nice)
@@ -46,7 +57,7 @@ class Recovery:
         model = self.kernel.residency.want(entry, self.kernel.parts.options)
         with self.kernel.table.lock:
             self.kernel.residency.check_wanted(model)
-            process = self.kernel.new_process(spec, entry.name, 1)
+            process = self.kernel.new_process(spec, entry.name, ppid)
             for reply in saved.replies:
                 process.write(reply)
                 process.finish_item()
@@ -55,7 +66,7 @@ class Recovery:
             thread = process.threads[0]
             thread.tokens.extend(saved.tokens)
             thread.prompt_length, thread.kv = saved.prompt_length, saved.kv
-        self.kernel.begin(process, model)
+        self.kernel.begin(process, model, exit_code)
         return process
 
     def write_down(self, process: Process, model: Model) -> None:
@@ -91,7 +102,7 @@ class Recovery:
 
         with journal.claimed(orphan):
             origin = f"process {orphan.pid} of an earlier LLMOS"
-            process = self.revive(orphan.state, origin, orphan.nice)
+            process = self.revive(orphan.state, origin, orphan.nice, exit_code=orphan.exit_code)
             if self.journal is not None:
                 self.journal.flush()  # it is safe in ours before it leaves the other
             return process
@@ -116,6 +127,17 @@ class Recovery:
             model = self.kernel.models[process.model]
         taken = self.kernel.on_dispatcher(model, lambda: self._take(process, model))
         return checkpoint.write(taken, path, self.kernel.parts.key)
+
+    def fork(self, pid: int, seed: int | None, sink: str) -> Process:
+        """A copy of a process that goes on beside it, KV and all; with `seed` it draws other tokens."""
+        with self.kernel.table.lock:
+            process = self.kernel.table.alive(pid)
+            model = self.kernel.models[process.model]
+        taken = self.kernel.on_dispatcher(model, lambda: self._take(process, model))
+        spec = replace(taken.spec, sink=sink, command=f"fork {pid}: {taken.spec.command}", nice=process.nice)
+        if seed is not None:
+            spec = replace(spec, sampling=replace(spec.sampling, seed=seed))
+        return self.revive(replace(taken, spec=spec), f"process {pid}", ppid=pid)
 
     def _take(self, process: Process, model: Model) -> "Checkpoint":
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""

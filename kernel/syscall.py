@@ -135,12 +135,21 @@ class Syscalls:
         """
         return self._kernel.recovery.save(pid, path)
 
-    def restore(self, path: Path) -> int:
+    def fork(self, pid: int, seed: int | None = None, sink: str = "") -> int:
+        """Copy a process, KV and all; the copy goes on beside it. Returns its PID.
+
+        Its output begins with what the parent had said. With `seed` it draws other tokens from here on.
+        Raises ProcessNotFound, NotPermitted (it has ended).
+        """
+        return self._kernel.recovery.fork(pid, seed, sink).pid
+
+    def restore(self, path: Path, sink: str = "") -> int:
         """Continue a checkpoint as a new process; returns its PID.
 
-        Its output begins with what it had said. Raises CheckpointInvalid, ModelNotFound.
+        Its output begins with what it had said; `sink` is as in `ProcessSpec`.
+        Raises CheckpointInvalid, ModelNotFound.
         """
-        return self._kernel.recovery.restore(path).pid
+        return self._kernel.recovery.restore(path, sink).pid
 
     def orphans(self) -> "tuple[Orphan, ...]":
         """What ran when an earlier LLMOS on this home died, and has been neither resumed nor forgotten."""

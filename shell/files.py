@@ -4,7 +4,7 @@ Not here: where a process's output goes (jobs), what may reach a terminal (termi
 """
 
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
 from kernel.errors import LlmosError, UsageError
 
@@ -19,6 +19,6 @@ def path_of(name: str) -> Path:
 def open_file(name: str, mode: Literal["rb", "wb", "ab"]) -> BinaryIO:
     """The caller closes it. Raises UsageError, LlmosError."""
     try:
-        return cast(BinaryIO, path_of(name).open(mode))
+        return path_of(name).open(mode)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise LlmosError(f"{name}: {getattr(error, 'strerror', None) or error}") from error

@@ -48,6 +48,8 @@ class Interrupts:
             return
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
+            if signal.SIGINT in self._seen:  # it came just before
+                raise KeyboardInterrupt
             yield
         finally:
             signal.signal(signal.SIGINT, before)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +97,17 @@ class Session:
 
     def line(self, text: str) -> tuple[int, str, str]:
         return run_line(self.shell, text), *self.taken()
+
+
+@contextmanager
+def interrupted(after_s: float = 0.2) -> Iterator[None]:
+    """^C for the main thread, as a terminal's would end a call that blocks."""
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(after_s, signal.pthread_kill, [main, signal.SIGINT])
+    timer.start()
+    yield
+    timer.join()
 
 
 @contextmanager

@@ -277,6 +277,22 @@ def test_save_and_restore_continue_with_the_same_text(tmp_path: Path) -> None:
         sim.system.save(sim.spawn(), tmp_path / "no" / "such" / "folder")
 
 
+def test_a_fork_goes_on_beside_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "m.sim").write_text('{"mean_tokens": 0}')
+    sim = SimSystem()
+    sim.kernel.catalog = _Folder(tmp_path)  # type: ignore[assignment]
+    pid = sim.spawn(seed=5, max_tokens=90)
+    sim.run_until(30)
+    said = sim.output(pid)
+    twin, other = sim.system.fork(pid), sim.system.fork(pid, seed=6)
+    sim.kernel.pump()
+    assert sim.output(pid) == sim.output(twin) == solo(5, 90)
+    assert sim.output(other).startswith(said) and sim.output(other) != sim.output(pid)
+    assert sim.system.process(twin).ppid == pid
+    with pytest.raises(NotPermitted):
+        sim.system.fork(pid)
+
+
 class _Folder:
     """A catalog of real files, so that a checkpoint can name the one it needs."""
 

@@ -79,6 +79,16 @@ def test_killed_a_thousand_times(tmp_path: Path, seed: int) -> None:
     campaign(tmp_path, kills=25, seed=seed)
 
 
+def test_who_was_killed_stays_killed(tmp_path: Path) -> None:
+    """Killed by its user, and not yet reaped when LLMOS died: its output is completed, it does not go on."""
+    out = tmp_path / "out.txt"
+    assert killed_after(["-c", f"{job(REQUESTS, out)} & sleep 0.5; kill %1; sleep 20"], 2.5)
+    assert orphans() == 1
+    subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=False)
+    assert len(out.read_text().splitlines()) < 400
+    assert orphans() == 0
+
+
 def test_a_clean_end_leaves_nothing_to_resume(tmp_path: Path, llmos_home: Path) -> None:
     subprocess.run([*LLMOS, "-c", "run nano --temp 0 hello"], check=True, timeout=60, capture_output=True)
     assert not list((llmos_home / "journal").glob("*"))

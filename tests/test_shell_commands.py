@@ -2,12 +2,13 @@
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from shell_kit import Session, session
+from shell_kit import Session, interrupted, session
 
 from kernel.snapshot import ProcessView
 from shell.check import check_text
@@ -301,7 +302,129 @@ def test_a_broken_pipe_is_quiet_and_ends_the_process(shell: Session, tmp_path: P
     assert shell.shell.system.snapshot().processes == ()
 
 
+def test_a_job_whose_output_cannot_be_kept_has_failed(shell: Session) -> None:
+    shell.shell.interactive = True
+    shell.line("run endless hi > /dev/full &")
+    shell.shell.system.wait(2)
+    status, out, _ = shell.line("jobs")
+    assert (status, out) == (
+        0,
+        "[1]+ Exit 1   run endless hi > /dev/full   (/dev/full: No space left on device)\n",
+    )
+    assert json.loads(shell.line("jobs --json")[1])[0]["exit_code"] == 1
+    status, _, err = shell.line("wait %1")
+    assert status == 1
+    assert "error: [1] 2: /dev/full: No space left on device" in err
+    assert "Ended  run endless hi > /dev/full" in err
+    assert "rc 1\n" in err
+
+
+def test_jobs_tell_how_each_ended(shell: Session) -> None:
+    shell.line("run quick hi & run endless hi & kill %2")
+    for pid in (2, 3):
+        shell.shell.system.wait(pid)
+    assert [line.split()[1] for line in shell.line("jobs")[1].splitlines()] == ["Done", "Exit"]
+    assert "Exit 143 run endless" in shell.line("jobs")[1]
+
+
+@pytest.mark.parametrize("columns", [40, 150])
+def test_a_jobs_command_is_cut_where_the_terminal_ends(columns: int) -> None:
+    with session(terminal=True, environment={"COLUMNS": str(columns), "NO_COLOR": "1"}) as shell:
+        _, _, err = shell.line("run endless " + "word " * 40 + "&")
+        assert len(err.rstrip("\n")) == columns
+        assert {len(line) for line in shell.line("jobs")[1].splitlines()} == {columns}
+
+
+def test_an_input_without_end_is_refused(shell: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shell.commands.run._INPUT_MAX_BYTES", 1000)
+    Path("fits").write_text("a\n" * 500)
+    assert shell.script("run quick --lines < fits > f")[0] == 0
+    for words in ("--lines < /dev/zero", "-f /dev/zero"):
+        status, _, err = shell.script(f"run quick {words}")
+        assert status == 1
+        assert "more than 1000 B" in err
+    shell.shell.stdin = io.BytesIO(b"a" * 1001)
+    assert "standard input: more than" in shell.script("run quick")[2]
+
+
+def test_interrupt_ends_a_read_that_blocks(shell: Session) -> None:
+    os.mkfifo("pipe")
+    for line in ("cat pipe", "run quick -f pipe", "run quick < pipe", "cat /dev/zero > /dev/null"):
+        with interrupted():
+            assert shell.line(line)[0] == 130
+
+
+def test_unload_all_says_what_it_kept_and_why(shell: Session) -> None:
+    assert shell.line("unload --all") == (0, "", "no model is loaded\n")
+    shell.line("load quick; run endless hi & run endless hi &")
+    status, _, err = shell.line("unload --all")
+    assert status == 1
+    assert "unloaded quick" in err
+    assert "kept: endless is in use by 2, 3" in err
+
+
+def test_signals_by_name_and_number(shell: Session) -> None:
+    assert shell.line("kill -l")[1].split()[:4] == ["2", "INT", "9", "KILL"]
+    for flag, state in (("-stop", "STOPPED"), ("-sCONT", "RUN"), ("-s stop", "STOPPED"), ("-SIGCONT", "RUN")):
+        shell.line("run endless hi > f &" if flag == "-stop" else "true")
+        assert shell.line(f"kill {flag} %1")[0] == 0
+        assert shell.shell.system.process(2).state.startswith((state, "NEW"))
+    shell.line("kill -sTERM %1")
+    assert shell.line("wait %1")[0] == 143
+
+
+def test_an_empty_file_and_a_cut_one_are_no_checkpoints(shell: Session) -> None:
+    Path("empty.ckpt").touch()
+    Path("cut.ckpt").write_bytes(b"LLMOS")
+    status, _, err = shell.script("load empty.ckpt")
+    assert status == 126
+    assert "empty.ckpt is empty: neither a model nor a checkpoint" in err
+    status, _, err = shell.script("load cut.ckpt")
+    assert status == 1
+    assert "cut.ckpt ends after 5 bytes" in err
+    Path("quick").touch()
+    assert shell.script("load quick")[0] == 0  # a model's name comes first
+
+
+def test_folders(shell: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    assert shell.script("cd sub; pwd")[1] == f"{tmp_path}/sub\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert shell.script("cd; pwd")[1] == f"{tmp_path}\n"
+
+
+def test_clear_is_for_terminals() -> None:
+    with session(terminal=True) as shell:
+        assert shell.line("clear")[1] == "\x1b[H\x1b[2J\x1b[3J"
+    with session() as shell:
+        assert shell.line("clear")[1] == ""
+
+
+def test_defaults_of_variables(shell: Session) -> None:
+    assert shell.script("echo ${1:-none} ${x:-${y:-a b}}; x=1; echo ${x:-2}")[1] == "none a b\n1\n"
+
+
 # Lists
+
+
+def test_help_and_history_for_programs(shell: Session) -> None:
+    shell.shell.history.extend(["echo one", "ps"])
+    assert json.loads(shell.line("history --json 1")[1]) == [{"number": 2, "line": "ps"}]
+    rows = {row["name"]: row for row in json.loads(shell.line("help --json")[1])}
+    assert rows["kill"]["summary"]
+    assert rows["kill"]["group"] == "processes"
+    page = json.loads(shell.line("help kill --json")[1])
+    assert page["usage"].startswith("kill [options]")
+    assert {"name": "-l, --list", "help": "list the signals"} in page["options"]
+
+
+def test_dmesg_leaves_out_what_engines_say_while_all_is_well(shell: Session) -> None:
+    shell.line("load quick")
+    assert "sim engine" not in shell.line("dmesg")[1]
+    assert "sim engine" in shell.line("dmesg --level info")[1]
+    assert "sim engine" in shell.line("dmesg --json")[1]
+    shell.line("load broken")
+    assert "refused, as planned" in shell.line("dmesg")[1]
 
 
 def test_ps_json_has_exactly_the_fields_of_the_view(shell: Session) -> None:

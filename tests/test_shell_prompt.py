@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,40 @@ def test_a_finished_job_is_told_before_the_next_prompt(shell: Session) -> None:
     assert reply
     assert following == "next"
     assert "[1]+  Done  run quick hi" in err
+
+
+def test_a_job_that_ends_while_nothing_is_typed_is_told_at_once(shell: Session) -> None:
+    """The notice comes first, what the job said waits for the next prompt."""
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        keyboard.send_text("run quick hi > f &\rrun quick --seed 1 hi &\rec")
+        seen: list[tuple[str, str]] = []
+
+        def look_then_leave() -> None:
+            for _ in range(100):
+                if shell.stderr.getvalue().count("Done") == 2:
+                    break
+                time.sleep(0.05)
+            seen.append((shell.stdout.getvalue(), shell.stderr.getvalue()))
+            keyboard.send_text("ho next\r\x04")
+
+        watcher = threading.Thread(target=look_then_leave)
+        watcher.start()
+        assert interact(shell.shell, None) == 0
+        watcher.join()
+    out, err = shell.taken()
+    assert seen[0][0] == ""
+    assert "[1]" in seen[0][1] and "Done  run quick hi > f" in seen[0][1]
+    assert err.count("Done") == 2
+    first, reply = out.splitlines()
+    assert first == "next" and reply
+
+
+def test_stop_at_the_prompt_types_nothing(shell: Session) -> None:
+    assert typed(shell, "echo a\x1ab\r\x04") == (0, "ab\n", "")
+
+
+def test_exit_twice_leaves_jobs_with_success(shell: Session) -> None:
+    assert typed(shell, "run endless hi > f &\rexit\rexit\r")[0] == 0
 
 
 def test_f12_opens_the_monitor_and_keeps_what_was_typed(shell: Session) -> None:

@@ -80,7 +80,10 @@ def test_tokens_cover_the_text_in_order(text: str) -> None:
         ('echo "$@" $@ "all: $@"', ["echo", "one", "two words", "one", "two words", "all: one two words"]),
         ("echo \\\n  next", ["echo", "next"]),
         ("echo what's 'up'?'", ["echo", "whats up?"]),
-        ("echo ${x:-no} ${empty:-a  b} \"${empty:-$x's \\} it}\"", ["echo", "2 words", "a  b", "2 words's } it"]),
+        (
+            'echo ${x:-no} ${empty:-a  b} "${empty:-$x\'s \\} it}"',
+            ["echo", "2 words", "a  b", "2 words's } it"],
+        ),
         ("echo ${empty:-} ${empty:-'}'}${empty:-${x}}", ["echo", "", "}2 words"]),
         ("echo ${empty:-*}", ["echo", "*"]),
     ],
@@ -117,7 +120,18 @@ def test_assignments() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["echo 'a", 'echo "a', 'echo "a $x', "echo a \\", "a &&", "a ||\n", "echo ${x", "echo ${x:-a b", "echo ${x:-'}"]
+    "text",
+    [
+        "echo 'a",
+        'echo "a',
+        'echo "a $x',
+        "echo a \\",
+        "a &&",
+        "a ||\n",
+        "echo ${x",
+        "echo ${x:-a b",
+        "echo ${x:-'}",
+    ],
 )
 def test_incomplete(text: str) -> None:
     with pytest.raises(Incomplete):
@@ -141,7 +155,7 @@ def test_incomplete(text: str) -> None:
         ("echo $(date)", 5, "`$(`"),
         ("echo `date`", 5, "``"),
         ("echo ${x:=1}", 5, "variable's name"),
-        ('echo "${x:-"1"}"', 10, '`"`'),
+        ('echo "${x:-"1"}"', 11, '`"`'),
         ("echo ${x:-$(date)}", 10, "`$(`"),
         ("(a)", 0, "`(`"),
     ],

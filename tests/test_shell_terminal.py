@@ -94,6 +94,17 @@ def test_stop_makes_a_job_that_can_go_on() -> None:
         assert leave(child) == 0
 
 
+def test_a_notice_comes_above_the_line_that_is_being_typed() -> None:
+    with spawned() as child:
+        prompt(child)
+        ask(child, "run quick hi > /dev/full &", "[1] 2")
+        child.send("echo kept")
+        child.expect_exact("error: [1] 2: /dev/full: No space left on device")
+        child.expect(r"Ended  run quick hi > /dev/full .*rc 1\s")
+        ask(child, " words", "kept words")
+        assert leave(child) == 0
+
+
 def test_interrupt_cancels_a_load() -> None:
     with spawned() as child:
         prompt(child)

@@ -172,6 +172,20 @@ def test_s_stops_then_continues() -> None:
     assert system.signals == [(21, Signal.STOP), (21, Signal.CONT)]
 
 
+def test_s_says_which_it_stopped_and_which_go_on() -> None:
+    system = FakeSystem(system_view((process(14), process(15, "STOPPED", tokens_per_s=1.0))))
+
+    async def script(app: MonitorApp, pilot: Pilot[None]) -> None:
+        await pilot.press("space", "space", "s")
+        await pilot.pause()
+        assert "stopped: 14 · continued: 15" in screen_text(app)
+        await pilot.press("f8")
+        await pilot.pause()
+        assert "nice 1: 14 15" in screen_text(app)
+
+    play(system, script)
+
+
 def test_f7_and_f8_step_the_nice_value_from_what_the_kernel_says_now() -> None:
     system = FakeSystem()
 

@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 
-from kernel.snapshot import ProcessView
-from tests.fake_feed import many, process, system_view
+from kernel.snapshot import ProcessView, SystemView
+from kernel.syscall import Signal
+from tests.fake_feed import device, many, process, system_view
 from tui import columns
+from tui.dialogs import _signal_line
+from tui.feed import Feed
 from tui.graph import bar, braille
 from tui.roster import HOLD_S, Roster
 from tui.sanitise import one_line, sanitise
@@ -97,6 +100,32 @@ def _pids(roster: Roster) -> list[int]:
 def test_fastest_first_then_by_pid() -> None:
     roster = _roster(process(3), process(2), process(4, tokens_per_s=99.0))
     assert _pids(roster) == [4, 2, 3]
+
+
+def test_what_has_ended_goes_below_what_stands_still() -> None:
+    ended = process(2, "ZOMBIE", tokens_per_s=99.0, exit_code=0)
+    roster = _roster(ended, process(3, "STOPPED", tokens_per_s=0.0), process(4))
+    assert _pids(roster) == [4, 3, 2]
+    assert columns.cell(columns.TOKENS_PER_S, 6, ended).strip() == "-"
+
+
+def test_a_rate_that_only_fades_is_shown_as_nothing() -> None:
+    view = system_view()
+
+    def at(rate: float, running: int) -> SystemView:
+        return replace(view, devices=(device(tokens_per_s=rate, running=running, runnable=0),))
+
+    views = [at(1000.0, 1), at(5.0, 1), at(500.0, 0), at(5.0, 0)]
+    feed = Feed(iter(views).__next__)
+    for _ in views[1:]:
+        feed.pull()
+    assert [sample.decode_tokens_per_s for sample in feed.history] == [1000.0, 5.0, 500.0, 0.0]
+
+
+def test_the_kill_menu_speaks_of_memory_only_if_there_is_any() -> None:
+    assert _signal_line(Signal.TERM, 0) == "TERM 15  ends with 143"
+    assert _signal_line(Signal.STOP, 0) == "STOP 19  pauses"
+    assert _signal_line(Signal.TERM, 1 << 20) == "TERM 15  ends with 143, frees KV +1.0M"
 
 
 def test_order_is_held_after_a_move_then_follows_again() -> None:

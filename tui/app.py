@@ -231,7 +231,7 @@ class MonitorApp(App[None]):
             self._each(chosen, renice)
 
     def _each(self, chosen: Sequence[ProcessView], act: Callable[[int], str]) -> None:
-        """Act on each process, and say what was done to which; one that fails does not keep the others from it."""
+        """Act on each process, and say what was done; one that fails does not keep the others from it."""
         done: dict[str, list[str]] = {}
 
         def note(pid: int) -> None:

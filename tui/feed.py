@@ -50,5 +50,5 @@ class Feed:
 
     @staticmethod
     def _faded(rate: float, before: list[float]) -> float:
-        """A rate when nothing runs: the kernel's mean never quite forgets, but what is left of it is no speed."""
+        """A rate when nothing runs: the kernel's mean never quite forgets, and that rest is no speed."""
         return rate if rate > _FADED * max(before, default=0.0) else 0.0

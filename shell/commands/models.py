@@ -18,7 +18,7 @@ from kernel.snapshot import ModelView, SystemView
 from kernel.syscall import EngineOptions, ModelInfo
 from shell.commands.run import tokens
 from shell.commands.store import fit_of
-from shell.jobs import start
+from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
 from shell.render import (
     Column,
@@ -50,7 +50,7 @@ def _load_arguments(parser: Arguments) -> None:
 def _load(shell: Shell, args: Namespace) -> int:
     head = _head(args.model)
     if head == _CHECKPOINT:
-        return start(shell, shell.system.restore(Path(args.model)))
+        return start(shell, shell.system.restore(Path(args.model), sink_of(shell.frame)))
     try:
         return _load_model(shell, args)
     except (ModelInvalid, ModelNotFound) as error:

@@ -124,7 +124,8 @@ def _nice_words(words: list[str]) -> list[str]:
     if words and _NUMBER.fullmatch(words[0]):
         following = " ".join(words[1:2]) or "COMMAND"
         raise UsageError(
-            f"nice: `{words[0]}` is not a command", f"`nice -n {words[0]} {following} …`, or `renice` for a PID"
+            f"nice: `{words[0]}` is not a command",
+            f"`nice -n {words[0]} {following} …`, or `renice` for a PID",
         )
     return words
 

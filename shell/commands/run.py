@@ -6,6 +6,7 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import ProcessSpec, Sampling
+from shell.commands.targets import pid_of
 from shell.files import open_file
 from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
@@ -42,6 +43,12 @@ def _arguments(parser: Arguments) -> None:
         "--max-tokens", type=tokens, default=0, metavar="N", help="end a reply after N tokens; 0: no limit"
     )
     parser.add("--nice", type=int, metavar="N", help="-20 (most) to 19 (least)")
+    parser.add(
+        "--exact",
+        action="store_true",
+        default=None,
+        help="the same tokens whatever else runs, and after a swap",
+    )
     parser.add("--ignore-eos", action="store_true", default=None, help="go on after the model's end mark")
     parser.add(
         "--ctx", type=tokens, default=0, metavar="N", help="context window, if the model must be loaded"
@@ -65,7 +72,7 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "exact")
     return replace(
         Sampling(), **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
     )
@@ -116,6 +123,15 @@ def _read(file: BinaryIO, name: str) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
+def _fork_arguments(parser: Arguments) -> None:
+    parser.add("target", metavar="PID|%JOB", completes=("pid", "job"))
+    parser.add("--seed", type=int, metavar="N", help="draw other tokens from here on")
+
+
+def _fork(shell: Shell, args: argparse.Namespace) -> int:
+    return start(shell, shell.system.fork(pid_of(shell, args.target), args.seed, sink_of(shell.frame)))
+
+
 SPECS = (
     CommandSpec(
         "run",
@@ -132,5 +148,15 @@ SPECS = (
         group="processes",
         background=True,
         patterns=False,
+    ),
+    CommandSpec(
+        "fork",
+        "copy a process as it is, KV and all; both go on",
+        _fork,
+        _fork_arguments,
+        ("fork %1 --seed 2 > other.txt &",),
+        notes="The copy's output begins with what the original had said.",
+        group="processes",
+        background=True,
     ),
 )
