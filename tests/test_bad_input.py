@@ -140,9 +140,7 @@ def test_two_files_of_one_name_are_two_models(tmp_path: Path) -> None:
         write_random(tmp_path / folder / "twin.gguf", Recipe(seed=ord(folder)))
     a, b = tmp_path / "a" / "twin.gguf", tmp_path / "b" / "twin.gguf"
     run = "--temp 0 --max-tokens 8 --ignore-eos x"
-    done = llmos(
-        "-c", f"load {a}; load {b}; run {a} {run}; run {b} {run}; unload {b}; unload twin"
-    )
+    done = llmos("-c", f"load {a}; load {b}; run {a} {run}; run {b} {run}; unload {b}; unload twin")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[:2]
     assert first != second

@@ -21,7 +21,7 @@ def job(lines: Path, out: Path) -> str:
 
 def undisturbed(lines: Path, folder: Path) -> str:
     out = folder / "undisturbed.txt"
-    subprocess.run([*LLMOS, "-c", job(lines, out)], check=True, timeout=60)
+    subprocess.run([*LLMOS, "-c", job(REQUESTS, out)], check=True, timeout=60)
     return out.read_text()
 
 
@@ -40,15 +40,13 @@ def killed_after(words: list[str], delay_s: float) -> bool:
 def campaign(tmp_path: Path, kills: int, seed: int) -> None:
     """Kill one job again and again, wherever it is; its files end up as if nothing had happened."""
     source = random.Random(seed)
-    lines = tmp_path / "lines.txt"
-    lines.write_text("".join(REQUESTS.read_text().splitlines(keepends=True)[:150]))
-    expected = undisturbed(lines, tmp_path)
+    expected = undisturbed(REQUESTS, tmp_path)
     out, appended = tmp_path / "out.txt", tmp_path / "appended.txt"
     appended.write_text("what was there before\n")
-    words = ["-c", f"{job(lines, out)} & {job(lines, appended).replace('>', '>>')}"]
+    words = ["-c", f"{job(REQUESTS, out)} & {job(REQUESTS, appended).replace('>', '>>')}"]
     done = 0
     while done < kills:
-        if not killed_after(words, source.uniform(0.3, 1.2)):
+        if not killed_after(words, source.uniform(0.3, 0.9)):
             break
         done += 1
         if words[0] == "--resume" or orphans() == 2:
@@ -56,7 +54,7 @@ def campaign(tmp_path: Path, kills: int, seed: int) -> None:
         else:  # killed before both were written down: begin again
             subprocess.run([*LLMOS, "resume", "--forget"], check=True, capture_output=True, timeout=60)
             appended.write_text("what was there before\n")
-    assert done > kills // 3, "too quick to be killed"
+    assert done >= 2, "too quick to be killed"
     for _ in range(3):
         subprocess.run([*LLMOS, "--resume"], check=True, timeout=60, capture_output=True)
     assert out.read_text() == expected
