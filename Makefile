@@ -40,5 +40,5 @@ soak: $(READY)  ## the long campaigns
 	@$(BIN)/pytest -m soak
 
 clean:  ## remove .venv and caches (pip keeps the compiled llama.cpp)
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist tour.ckpt
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
