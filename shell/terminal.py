@@ -8,21 +8,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import BinaryIO, TextIO, cast
 
-_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_DROPPED: Mapping[int, str | None] = {
-    **dict.fromkeys(code for code in range(0x20) if chr(code) not in "\n\t"),
-    **dict.fromkeys(range(0x7F, 0xA0)),
-    **dict.fromkeys(_BIDI),
-    **dict.fromkeys(range(0xE0000, 0xE0080)),
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # bytes that were not UTF-8
-}
+from kernel.sanitise import sanitise
 
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36", "dim": "2", "bold": "1"}
-
-
-def sanitise(text: str) -> str:
-    """Text without what steers a terminal: C0 but newline and tab, DEL, C1, bidi marks, the tag block."""
-    return text.translate(_DROPPED)
 
 
 def one_line(text: str) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from shell_kit import Session, interrupted, session
 
+from kernel.sanitise import sanitise
 from kernel.snapshot import ProcessView
 from shell.check import check_text
 from shell.registry import CommandSpec
-from shell.terminal import sanitise
 
 
 @pytest.fixture
