@@ -10,38 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class GpuSample:
-    """One GPU. What the card or its driver does not tell is None."""
-
-    name: str
-    memory_total_bytes: int
-    memory_used_bytes: int
-    utilization_percent: float | None
-    temperature_c: float | None
-    power_w: float | None
-    power_limit_w: float | None
-    pcie_received_bytes_s: float | None  # by the GPU
-    pcie_sent_bytes_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class HostSample:
-    """The machine at one moment. Rates are means since the sample before; 0 in the first."""
-
-    time_s: float  # monotonic
-    cpu_percent: float  # of all cores together, 0 to 100
-    core_percents: tuple[float, ...]
-    load_average: tuple[float, float, float]  # over 1, 5 and 15 minutes
-    ram_total_bytes: int
-    ram_available_bytes: int
-    ram_ours_bytes: int  # resident, of this process and all below it; shared pages count in each
-    swap_total_bytes: int
-    swap_used_bytes: int
-    disk_read_bytes_s: float
-    disk_written_bytes_s: float
-    gpus: tuple[GpuSample, ...]
+from kernel.device import GpuSample, HostSample
 
 
 class HostSensors:

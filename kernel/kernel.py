@@ -15,7 +15,7 @@ from typing import TypeVar
 from kernel.bus import Bus
 from kernel.clock import Clock
 from kernel.config import KernelConfig
-from kernel.device import DeviceInfo, Driver, EngineOptions
+from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
 from kernel.errors import AdmissionRefused, KernelFault, LlmosError, UsageError, WorkerDied
 from kernel.memory import MemoryLedger, Pool
@@ -42,6 +42,7 @@ class Parts:
     options: EngineOptions = field(default_factory=EngineOptions)  # where a load names none
     ram_available: Callable[[], int] | None = None
     threaded: bool = True  # False: stepped by hand with `pump`
+    host: Callable[[], HostSample] | None = None  # sensors of the machine
     journal: Path | None = None  # the folder that survives a crash; None: nothing does
 
 

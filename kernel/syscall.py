@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel.bus import Mailbox
-from kernel.device import EngineOptions, Estimate, ModelInfo, Sampling
+from kernel.device import EngineOptions, Estimate, HostSample, ModelInfo, Sampling
 from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EngineOptions",
     "Estimate",
+    "HostSample",
     "ModelInfo",
     "Orphan",
     "ProcessSpec",
@@ -236,6 +237,11 @@ class Syscalls:
                 devices=tuple(device_view(d, rows, now_s) for d in kernel.dispatchers.values()),
                 pools=kernel.ledger.views(),
             )
+
+    def host(self) -> HostSample | None:
+        """What the machine's sensors say now; None without sensors. Takes some milliseconds."""
+        sensors = self._kernel.parts.host
+        return sensors() if sensors else None
 
     def log(self) -> tuple[LogView, ...]:
         """The kernel log, oldest first."""

@@ -5,13 +5,14 @@ Reads as a table of contents. Owner: `llmos.cli` calls it once.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernel.clock import RealClock
 from kernel.config import KernelConfig
-from kernel.device import Driver, EngineOptions
+from kernel.device import Driver, EngineOptions, HostSample
 from kernel.kernel import Kernel, Parts
 from kernel.syscall import Syscalls
 from llmos.config import Config, load_config
@@ -21,6 +22,9 @@ from llmos.paths import Paths, find_paths, writable
 from llmos.store import Store
 from shell.commands import builtin_registry
 from shell.session import Shell
+
+if TYPE_CHECKING:
+    from drivers.host import HostSensors
 
 SWITCH_INTERVAL_S = 0.0005  # keys and frames stay quick beside busy threads, for a tenth of their speed
 
@@ -52,6 +56,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             config=KernelConfig(policy=config.policy),
             options=EngineOptions(config.context_tokens, config.sequences, config.threads),
             ram_available=_ram_available,
+            host=_host_sensors(),
             journal=paths.state / "journal",
         )
     )
@@ -102,6 +107,20 @@ def _ram_available() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def _host_sensors() -> Callable[[], HostSample]:
+    """Sensors that are set up when they are first asked: NVML takes its time."""
+    sensors: list[HostSensors] = []
+
+    def sample() -> HostSample:
+        if not sensors:
+            from drivers.host import HostSensors
+
+            sensors.append(HostSensors())
+        return sensors[0].sample()
+
+    return sample
 
 
 def _monitor(system: Syscalls) -> int:

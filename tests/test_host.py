@@ -1,5 +1,7 @@
 """Sensors: real readings of this machine, and NVML's answers, present, absent or partly so."""
 
+import json
+import os
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -128,3 +130,11 @@ def test_importing_the_module_imports_no_sensor_library() -> None:
         env={"PYTHONPATH": ":".join(sys.path)},
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_booted_system_has_sensors() -> None:
+    command = [sys.executable, "-m", "llmos", "uptime", "--json"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    host = json.loads(done.stdout)["host"]
+    assert len(host["core_percents"]) == os.cpu_count()
+    assert 0 < host["ram_ours_bytes"] < host["ram_total_bytes"]

@@ -3,11 +3,12 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from kernel.errors import UsageError
 from kernel.snapshot import LogView, PoolView, SystemView
+from kernel.syscall import HostSample
 from shell.process_table import process_columns, state_counts
 from shell.registry import Arguments, CommandSpec
 from shell.render import Column, bar, format_bytes, format_duration, to_json, write_table
@@ -66,10 +67,27 @@ def _uptime(shell: Shell, args: Namespace) -> int:
     view = shell.system.snapshot()
     if args.json or shell.json:
         plain = {"time_s": view.time_s, "uptime_s": view.uptime_s, "processes": len(view.processes)}
-        shell.out.line(json.dumps({**plain, "policy": view.policy}))
+        host = shell.system.host()
+        sensors = asdict(host) if host else None
+        shell.out.line(json.dumps({**plain, "policy": view.policy, "host": sensors}))
     else:
         shell.out.line(_uptime_line(view))
+        shell.out.lines(_host_lines(shell.system.host()))
     return 0
+
+
+def _host_lines(host: HostSample | None) -> list[str]:
+    """The machine, and a line for each GPU."""
+    if host is None:
+        return []
+    load = " ".join(f"{mean:.2f}" for mean in host.load_average)
+    lines = [f"load {load} · LLMOS and its workers hold {format_bytes(host.ram_ours_bytes)} of memory"]
+    for gpu in host.gpus:
+        used, total = format_bytes(gpu.memory_used_bytes), format_bytes(gpu.memory_total_bytes)
+        facts = (("%", gpu.utilization_percent), (" °C", gpu.temperature_c), (" W", gpu.power_w))
+        told = " · ".join(f"{value:.0f}{unit}" for unit, value in facts if value is not None)
+        lines.append(f"{gpu.name} {used}/{total} · {told}")
+    return lines
 
 
 @dataclass(frozen=True, slots=True)
