@@ -117,6 +117,13 @@ def test_a_full_context(tmp_path: Path) -> None:
     assert len(overflow.stdout) > 100  # what was said before is kept
 
 
+def test_a_prompt_of_many_megabytes_is_refused_by_its_size(tmp_path: Path) -> None:
+    """Not by its tokens: to count those would hold up every process on the model for seconds."""
+    huge = tmp_path / "huge.txt"
+    huge.write_text("words " * 2_000_000)
+    one_error(llmos("run", "nano", "-f", str(huge)), 1, "12000000 characters", "window of 512 tokens")
+
+
 def test_a_prompt_of_invalid_utf8() -> None:
     done = llmos("run", "nano", "--temp", "0", b"\xff\xfe\x80 list processes")
     assert done.returncode == 0 and b"Traceback" not in done.stderr

@@ -10,6 +10,8 @@ from drivers.llamacpp.weights import Weights
 from kernel.device import Prompt
 from kernel.errors import ContextFull, UsageError
 
+PIECE_CHARACTERS_MAX = 256  # longer than any vocabulary's longest piece
+
 
 class Prompts:
     """Reads prompts for one model and one size of window."""
@@ -22,6 +24,7 @@ class Prompts:
     def first(self, prompt: Prompt) -> tuple[list[int], int]:
         """(tokens, how many of them are prompt) of a sequence that begins."""
         _check_limit(prompt)
+        self._check_length(prompt)
         if prompt.tokens:
             return self.replayed(prompt)
         if prompt.messages:
@@ -33,6 +36,7 @@ class Prompts:
     def next(self, prompt: Prompt, history: Sequence[int]) -> list[int]:
         """The tokens to append to a history."""
         _check_limit(prompt)
+        self._check_length(prompt)
         if prompt.tokens:
             tokens = self._known(prompt.tokens)
         elif prompt.messages:
@@ -51,6 +55,15 @@ class Prompts:
         if len(tokens) > self._window_tokens:
             self._fitting(tokens, 0)
         return tokens, prompt_tokens
+
+    def _check_length(self, prompt: Prompt) -> None:
+        """Refuse what cannot fit before it is tokenised: that takes a second for each MB, and all wait."""
+        characters = len(prompt.text) + sum(len(content) for _, content in prompt.messages)
+        if characters >= self._window_tokens * PIECE_CHARACTERS_MAX:
+            raise ContextFull(
+                f"{characters} characters leave no room in a context window of {self._window_tokens} tokens",
+                "shorten the prompt, or load the model with a larger context",
+            )
 
     def _known(self, tokens: tuple[int, ...]) -> list[int]:
         if tokens and (min(tokens) < 0 or max(tokens) >= self._weights.vocabulary_tokens):
