@@ -122,22 +122,25 @@ class Recovery:
     def save(self, pid: int, path: Path) -> int:
         from kernel import checkpoint
 
-        with self.kernel.table.lock:
-            process = self.kernel.table.alive(pid)
-            model = self.kernel.models[process.model]
-        taken = self.kernel.on_dispatcher(model, lambda: self._take(process, model))
+        taken = self._taken(pid)
         return checkpoint.write(taken, path, self.kernel.parts.key)
 
     def fork(self, pid: int, seed: int | None, sink: str) -> Process:
         """A copy of a process that goes on beside it, KV and all; with `seed` it draws other tokens."""
+        taken = self._taken(pid)
         with self.kernel.table.lock:
-            process = self.kernel.table.alive(pid)
-            model = self.kernel.models[process.model]
-        taken = self.kernel.on_dispatcher(model, lambda: self._take(process, model))
-        spec = replace(taken.spec, sink=sink, command=f"fork {pid}: {taken.spec.command}", nice=process.nice)
+            nice = self.kernel.table.get(pid).nice
+        spec = replace(taken.spec, sink=sink, command=f"fork {pid}: {taken.spec.command}", nice=nice)
         if seed is not None:
             spec = replace(spec, sampling=replace(spec.sampling, seed=seed))
         return self.revive(replace(taken, spec=spec), f"process {pid}", ppid=pid)
+
+    def _taken(self, pid: int) -> "Checkpoint":
+        """Raises ProcessNotFound, NotPermitted (it has ended)."""
+        with self.kernel.table.lock:
+            process = self.kernel.table.alive(pid)
+            model = self.kernel.models[process.model]
+        return self.kernel.on_dispatcher(model, lambda: self._take(process, model))
 
     def _take(self, process: Process, model: Model) -> "Checkpoint":
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""

@@ -132,10 +132,6 @@ def _script(options: argparse.Namespace) -> tuple[str, str] | None:
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape"), "standard input"
 
 
-def _is_typed() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty()
-
-
 def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig", "surrogateescape")
