@@ -77,14 +77,15 @@ class Estimate:
 class EngineInfo:
     """An open engine, as measured after the load."""
 
-    context_tokens: int  # per sequence
-    sequences: int  # seats: sequences that can hold KV at once
+    context_tokens: int  # per sequence, at most
+    sequences: int  # sequences that can be open at once; fewer, if they are long
     weights_bytes: int
     kv_bytes_per_token: int
-    kv_bytes: int  # committed for all seats together
+    kv_bytes: int  # for the KV of all sequences together; fixed at the load
     compute_bytes: int
     step_cost_s: Mapping[int, float]  # measured seconds of one decode step, by sequences in it
     prefill_token_s: float  # measured seconds per prompt token in a chunk
+    copy_token_s: float = 0.0  # measured seconds to dump, or to restore, a token's KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,7 @@ class SequenceStep:
     opened: Opened | None = None  # the next prompt of its queue has begun
     error: LlmosError | None = None  # the next prompt of its queue cannot be; the one after it is up
     shared_tokens: int = 0  # tokens of its prompt that need not be computed any more: another one did
+    stuck: bool = False  # it has outgrown its place, and KV memory is short: it rests until some is freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,9 @@ class Engine(Protocol):
 
     `seq` is chosen by the caller, below `info.sequences`. A wrong argument raises a LlmosError
     and changes nothing; it never aborts the process.
+
+    KV memory may be short before the numbers are: then `open`, `feed`, `fork` and `restore` raise
+    AdmissionRefused and change nothing, until others have been closed. A single sequence always fits.
     """
 
     info: EngineInfo
