@@ -37,7 +37,14 @@ from kernel.device import (
     SequenceStep,
     StepEvent,
 )
-from kernel.errors import CheckpointInvalid, ContextFull, Interrupted, UsageError, WorkerDied
+from kernel.errors import (
+    AdmissionRefused,
+    CheckpointInvalid,
+    ContextFull,
+    Interrupted,
+    UsageError,
+    WorkerDied,
+)
 
 VOCABULARY = 4096
 END_TOKEN = 0
@@ -91,6 +98,7 @@ class _Sequence:
     length_limit: int  # tokens at which it has drawn all it may; 0 = none
     is_prefill: bool = True
     is_finished: bool = False
+    is_stuck: bool = False  # its next token has no place in the KV pool
 
     @property
     def pending_tokens(self) -> int:
@@ -130,6 +138,7 @@ class SimEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._perhaps_fail("open", self._faults.fail_open_at)
         tokens = self._fitting(tokenize(prompt), held_tokens=0)
+        self._reserve(seq, len(tokens))
         shared = self._shared_tokens(tokens) if self._model.shares_prefixes else 0
         self._sit(seq, self._begin(tokens, shared, prompt, sampling))
         return Opened(tuple(tokens), shared)
@@ -140,6 +149,7 @@ class SimEngine:
     def feed(self, seq: int, prompt: Prompt) -> Opened:
         sequence = self._held(seq)
         tokens = self._fitting(tokenize(prompt), held_tokens=len(sequence.tokens))
+        self._reserve(seq, len(sequence.tokens) + len(tokens))
         sequence.tokens += tokens
         sequence.length_limit = len(sequence.tokens) + prompt.max_tokens if prompt.max_tokens else 0
         sequence.is_prefill = True
@@ -148,6 +158,7 @@ class SimEngine:
 
     def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
         news = self._queue.take_up(quota_tokens, self._is_over, self._open)
+        news += self._stuck(quota_tokens)
         plan = self._plan(quota_tokens)
         if not plan:
             return StepEvent(0, 0.0, tuple(news)) if news else None
@@ -163,6 +174,7 @@ class SimEngine:
 
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         twin = replace(self._held(source))
+        self._reserve(target, len(twin.tokens))
         twin.tokens = list(twin.tokens)
         if sampling is not None:
             twin.seed, twin.ignore_eos = self._seed(sampling), sampling.ignore_eos
@@ -179,9 +191,10 @@ class SimEngine:
         return head + body + _CRC.pack(zlib.crc32(body))
 
     def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened:
-        self.close(self._seat(seq))
-        self._perhaps_fail("restore", self._faults.fail_restore_at)
         tokens = tokenize(prompt)
+        self._reserve(self._seat(seq), len(tokens))
+        self.close(seq)
+        self._perhaps_fail("restore", self._faults.fail_restore_at)
         cached = self._cached_tokens(kv)
         if cached != tokens[: len(cached)]:
             raise CheckpointInvalid("the KV state is of other tokens")
@@ -229,6 +242,32 @@ class SimEngine:
             raise UsageError(f"no sequence in seat {seq}")
         return self._sequences[seq]
 
+    def _free_tokens(self, but: int) -> int:
+        """Room in the KV pool, but for what one seat holds."""
+        held = sum(len(each.tokens) for seq, each in self._sequences.items() if seq != but)
+        return self._model.kv_pool_tokens - held
+
+    def _reserve(self, seq: int, tokens: int) -> None:
+        """Raises AdmissionRefused if the KV pool has no room for so many tokens and the next one."""
+        if self._model.kv_pool_tokens and tokens >= self._free_tokens(but=seq):
+            raise AdmissionRefused("the KV pool is full")
+
+    def _stuck(self, quota_tokens: Mapping[int, int]) -> list[SequenceStep]:
+        """Who has no room for another token: it is told once, and rests until there is some."""
+        told: list[SequenceStep] = []
+        if not self._model.kv_pool_tokens:
+            return told
+        room = self._free_tokens(but=-1)
+        for seq in quota_tokens:
+            sequence = self._sequences.get(seq)
+            if sequence is None or sequence.is_finished:
+                continue
+            if room < 1 and not sequence.is_stuck:
+                told.append(SequenceStep(seq, 0, None, "", stuck=True))
+            sequence.is_stuck = room < 1
+            room -= 1
+        return told
+
     def _fitting(self, tokens: list[int], held_tokens: int) -> list[int]:
         limit = self.info.context_tokens
         if held_tokens + len(tokens) >= limit:
@@ -274,7 +313,7 @@ class SimEngine:
         plan = []
         for seq, quota in quota_tokens.items():
             sequence = self._sequences.get(seq)
-            if sequence is None or sequence.is_finished or quota <= 0:
+            if sequence is None or sequence.is_finished or sequence.is_stuck or quota <= 0:
                 continue
             count = 1
             if sequence.is_prefill:
@@ -352,10 +391,11 @@ def _info(model: SimModel, options: EngineOptions) -> EngineInfo:
         sequences=sequences,
         weights_bytes=model.weights_bytes,
         kv_bytes_per_token=model.kv_bytes_per_token,
-        kv_bytes=model.kv_bytes_per_token * context_tokens * sequences,
+        kv_bytes=model.kv_bytes_per_token * (model.kv_pool_tokens or context_tokens * sequences),
         compute_bytes=model.compute_bytes,
         step_cost_s={n: model.base_s + n * model.decode_s for n in range(1, sequences + 1)},
         prefill_token_s=model.prompt_token_s,
+        copy_token_s=model.copy_token_s,
     )
 
 

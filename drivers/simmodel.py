@@ -40,6 +40,7 @@ class SimModel:
     seed: int = 1
     context_tokens: int = 4096
     sequences: int = 16
+    kv_pool_tokens: int = 0  # for all sequences together; 0: as many as they can need
     chunk_tokens: int = 256  # of prompts, per step
     mean_tokens: int = 200  # expected output until the model ends by itself; 0: it never does
     weights_bytes: int = 64 << 20
@@ -50,6 +51,7 @@ class SimModel:
     decode_s: float = 0.0005  # per sequence that decodes
     prompt_token_s: float = 0.0001
     kv_token_s: float = 0.0  # per token of KV that a step attends to
+    copy_token_s: float = 0.0  # to dump or restore a token's KV
     shares_prefixes: bool = False  # whether what other seats hold of a prompt is not computed again
     faults: SimFaults = SimFaults()
 
@@ -57,6 +59,8 @@ class SimModel:
         """Raises ValueError."""
         if min(self.context_tokens - 1, self.sequences, self.chunk_tokens) < 1 or self.kv_bytes_per_token < 4:
             raise ValueError("the least is 2 tokens of context, 1 sequence, 1 token a chunk, 4 bytes a token")
+        if 0 < self.kv_pool_tokens < self.context_tokens:
+            raise ValueError("the KV pool holds less than one sequence")
 
 
 _T = TypeVar("_T", SimFaults, SimModel)

@@ -162,10 +162,10 @@ def pack_step(quantum: int, event: StepEvent) -> bytes:
     for step in steps:
         token = -1 if step.token is None else step.token
         rows.append(pack(step.seq, step.prompt_tokens, token, _FINISH_CODE[step.finish], len(step.text)))
-        if step.opened is not None or step.error is not None or step.shared_tokens:
+        if step.opened is not None or step.error is not None or step.shared_tokens or step.stuck:
             opened = None if step.opened is None else encode_opened(step.opened)
             error = None if step.error is None else encode_error(step.error)
-            news.append([len(rows) - 1, opened, error, step.shared_tokens])
+            news.append([len(rows) - 1, opened, error, step.shared_tokens, step.stuck])
     told = _to_json(news).encode("ascii") if news else b""
     return b"".join((_STEP.pack(quantum, event.step_s, len(steps), len(text), len(told)), *rows, text, told))
 
@@ -206,12 +206,13 @@ def _add_news(steps: list[SequenceStep], news: object) -> None:
     """Put what is told beside tokens into the rows it belongs to."""
     for item in news if isinstance(news, list) else [news]:
         match item:
-            case [int(row), opened, error, int(shared_tokens)] if 0 <= row < len(steps):
+            case [int(row), opened, error, int(shared_tokens), bool(stuck)] if 0 <= row < len(steps):
                 steps[row] = replace(
                     steps[row],
                     opened=None if opened is None else decode_opened(opened),
                     error=None if error is None else decode_error(error),
                     shared_tokens=shared_tokens,
+                    stuck=stuck,
                 )
             case _:
                 raise Nonsense("news of a step")
@@ -234,7 +235,7 @@ def decode_options(header: object) -> EngineOptions:
 def encode_info(info: EngineInfo) -> list[object]:
     costs = [[sequences, cost_s] for sequences, cost_s in info.step_cost_s.items()]
     memory = [info.weights_bytes, info.kv_bytes_per_token, info.kv_bytes, info.compute_bytes]
-    return [info.context_tokens, info.sequences, memory, costs, info.prefill_token_s]
+    return [info.context_tokens, info.sequences, memory, costs, [info.prefill_token_s, info.copy_token_s]]
 
 
 def decode_info(header: object) -> EngineInfo:
@@ -244,7 +245,7 @@ def decode_info(header: object) -> EngineInfo:
             int(sequences),
             [int(weights_bytes), int(kv_bytes_per_token), int(kv_bytes), int(compute_bytes)],
             list(costs),
-            float() | int() as prefill_token_s,
+            [float() | int() as prefill_token_s, float() | int() as copy_token_s],
         ]:
             return EngineInfo(
                 context_tokens=context_tokens,
@@ -255,6 +256,7 @@ def decode_info(header: object) -> EngineInfo:
                 compute_bytes=compute_bytes,
                 step_cost_s=dict(_cost_of(pair) for pair in costs),
                 prefill_token_s=prefill_token_s,
+                copy_token_s=copy_token_s,
             )
     raise Nonsense("engine info")
 

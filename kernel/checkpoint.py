@@ -1,4 +1,4 @@
-"""A process as a file: its specification, its tokens, its replies, and its KV state.
+"""A process as a file: its specification, its threads' tokens, its replies, and its KV states.
 
 Layout (little-endian): magic, u32 version, u64 header length, u64 KV length, header (JSON), KV bytes,
 SHA-256 of all before it, and an HMAC of that under this LLMOS's key. The checksum tells damage; the MAC
@@ -14,7 +14,8 @@ import json
 import os
 import stat
 import struct
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,33 @@ from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageErro
 from kernel.process import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
-VERSION = 1
+VERSION = 2
 _FRAME = struct.Struct("<8sIQQ")
 _SUM_BYTES = 32
 HEADER_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
+class SavedThread:
+    """The item that a thread is at. `kv` is None where there is none to trust."""
+
+    item: int
+    prompt_length: int
+    tokens: tuple[int, ...]
+    reply: str
+    kv: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `save` writes. `kv` is None where there is none to trust."""
+    """What `save` writes. `replies` are those of finished items, by number."""
 
     spec: ProcessSpec
     model_digest: str
-    tokens: tuple[int, ...]
-    prompt_length: int
-    replies: tuple[str, ...]
-    reply: str
+    replies: dict[int, str]
+    threads: tuple[SavedThread, ...]
     prompt_tokens: int
     output_tokens: int
-    kv: bytes | None
 
 
 def model_digest(path: Path) -> str:
@@ -107,11 +116,19 @@ def read(path: Path, key: bytes) -> Checkpoint:
 
 
 def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
-    header = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name not in ("spec", "kv")}
-    header["spec"] = asdict(checkpoint.spec)
+    states = [thread.kv or b"" for thread in checkpoint.threads]
+    header = {
+        "spec": asdict(checkpoint.spec),
+        "model_digest": checkpoint.model_digest,
+        "replies": list(checkpoint.replies.items()),
+        "threads": [
+            [t.item, t.prompt_length, t.tokens, t.reply, len(t.kv or b"")] for t in checkpoint.threads
+        ],
+        "counts": [checkpoint.prompt_tokens, checkpoint.output_tokens],
+    }
     text = json.dumps(header, ensure_ascii=True).encode()
-    kv = checkpoint.kv or b""
-    body = _FRAME.pack(MAGIC, VERSION, len(text), len(kv)) + text + kv
+    frame = _FRAME.pack(MAGIC, VERSION, len(text), sum(map(len, states)))
+    body = b"".join((frame, text, *states))
     checksum = hashlib.sha256(body).digest()
     return body + checksum + hmac.digest(key, checksum, "sha256")
 
@@ -132,27 +149,49 @@ def decode(blob: bytes, key: bytes) -> Checkpoint:
     ours = hmac.compare_digest(hmac.digest(key, checksum, "sha256"), mac)
     try:
         header = json.loads(body[_FRAME.size : _FRAME.size + header_bytes])
-        kv = body[_FRAME.size + header_bytes :] if ours and kv_bytes else None
-        return _checkpoint(header, kv)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _checkpoint(header, body[_FRAME.size + header_bytes :], ours)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointInvalid("the checkpoint is damaged: its header makes no sense") from error
 
 
-def _checkpoint(header: dict[str, Any], kv: bytes | None) -> Checkpoint:
+def _checkpoint(header: dict[str, Any], kv: bytes, ours: bool) -> Checkpoint:
     """A checkpoint from its header; every type is checked, as the file may be anybody's."""
+    prompt_tokens, output_tokens = header["counts"]
     checkpoint = Checkpoint(
-        spec=spec_from(header.pop("spec")),
-        kv=kv,
-        tokens=tuple(header.pop("tokens")),
-        replies=tuple(header.pop("replies")),
-        **header,
+        spec=spec_from(header["spec"]),
+        model_digest=header["model_digest"],
+        replies=dict(header["replies"]),
+        threads=tuple(_threads(header["threads"], kv, ours)),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
     )
-    texts = (*checkpoint.replies, checkpoint.reply, checkpoint.model_digest)
-    counts = (checkpoint.prompt_length, checkpoint.prompt_tokens, checkpoint.output_tokens)
-    if not all(type(t) is str for t in texts) or not all(type(n) is int for n in counts + checkpoint.tokens):
-        raise TypeError("field of the wrong type")
-    if not 0 <= checkpoint.prompt_length <= len(checkpoint.tokens):
-        raise ValueError("prompt longer than the sequence")
-    if len(checkpoint.replies) >= len(checkpoint.spec.prompts):
-        raise ValueError("nothing left to answer")
+    check(checkpoint)
     return checkpoint
+
+
+def _threads(rows: list[Any], kv: bytes, ours: bool) -> Iterator[SavedThread]:
+    begin = 0
+    for item, prompt_length, tokens, reply, kv_bytes in rows:
+        if type(kv_bytes) is not int or not 0 <= kv_bytes <= len(kv) - begin:
+            raise ValueError("KV state out of bounds")
+        state = kv[begin : begin + kv_bytes] if ours and kv_bytes else None
+        begin += kv_bytes
+        yield SavedThread(item, prompt_length, tuple(tokens), reply, state)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Raises TypeError, ValueError for what no process can have been."""
+    threads, replies = checkpoint.threads, checkpoint.replies
+    texts = (*replies.values(), *(t.reply for t in threads), checkpoint.model_digest)
+    numbers = [checkpoint.prompt_tokens, checkpoint.output_tokens, *replies]
+    for thread in threads:
+        numbers += [thread.item, thread.prompt_length, *thread.tokens]
+        if not 0 <= thread.prompt_length <= len(thread.tokens):
+            raise ValueError("prompt longer than the sequence")
+    if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+        raise TypeError("field of the wrong type")
+    items = [*replies, *(thread.item for thread in threads)]
+    if len(threads) > checkpoint.spec.threads:
+        raise ValueError("more threads than it was given")
+    if len(set(items)) < len(items) or not all(0 <= item < checkpoint.spec.items for item in items):
+        raise ValueError("items that there are not")

@@ -15,12 +15,20 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Opened, Prompt, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import CheckpointInvalid, ContextFull, KernelFault, LlmosError, WorkerDied
+from kernel.errors import (
+    AdmissionRefused,
+    CheckpointInvalid,
+    ContextFull,
+    KernelFault,
+    LlmosError,
+    WorkerDied,
+)
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter
 from kernel.process import Process, ProcessTable, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
+from kernel.swap import SwapSpace
 
 QUANTA_IN_FLIGHT = 2
 QUEUE_AHEAD = 2  # prompts of a job that its engine knows before they are due
@@ -45,9 +53,16 @@ class Dispatcher:
     """One device's engines, seats and quanta."""
 
     def __init__(
-        self, device: DeviceInfo, config: KernelConfig, table: ProcessTable, clock: Clock, life: Lifecycle
+        self,
+        device: DeviceInfo,
+        config: KernelConfig,
+        table: ProcessTable,
+        clock: Clock,
+        life: Lifecycle,
+        swap: SwapSpace,
     ) -> None:
         self.device = device
+        self.swap = swap
         self.config = config
         self.table = table
         self.clock = clock
@@ -83,7 +98,7 @@ class Dispatcher:
 
     def has_room(self, model: Model, thread: Thread) -> bool:
         """Whether a runnable thread has a seat, or would get one now. With the table's lock held."""
-        if thread.seat is not None or model.free_seat() is not None:
+        if thread.seat is not None or model.has_seat():
             return True
         return bool(model.seats) and self._victim(model, thread) is not None
 
@@ -129,16 +144,21 @@ class Dispatcher:
             self._next_event()
 
     def swap_out(self, model: Model, thread: Thread) -> None:
-        """Move a seated thread's KV to RAM and free its seat."""
+        """Free a seat: move its thread's KV away, or leave it to be computed again if that is cheaper."""
         self.drain()
-        if thread.seat is None:
+        host, process = model.host, thread.process
+        if thread.seat is None or host is None:
             return
-        kv = model.open_host().dump(thread.seat) if thread.computed else None
+        kv = None
+        if thread.computed and self.swap.pays(host.info, thread.computed):
+            kv = self.swap.put(process.pid, thread.index, host.dump(thread.seat))
         with self.table.lock:
             thread.kv = kv
             model.vacate(thread, 0)
             if thread in model.queue:
                 model.queue.seat(thread, False)
+                if all(each.seat is None for each in process.threads):
+                    process.state = State.SWAPPED
         self._close_vacated(model)
 
     def serve_requests(self) -> bool:
@@ -157,6 +177,7 @@ class Dispatcher:
             model.open_host().close(model.to_close[0])
             with self.table.lock:
                 model.to_close.pop(0)
+                model.kv_short = False
         return False
 
     # Seats
@@ -170,7 +191,7 @@ class Dispatcher:
                 if thread is None:
                     return worked
                 victim = None
-                if model.free_seat() is None:
+                if not model.has_seat():
                     victim = self._victim(model, thread) if model.contested else None
                     model.contested = victim is not None
                 if victim is None and not self._sit(model, thread):
@@ -180,15 +201,15 @@ class Dispatcher:
                 with self.table.lock:
                     if thread not in model.queue or not self._sit(model, thread):
                         continue  # it was killed meanwhile
-            self._open(model, thread)
+            self._open(model, thread, fresh=True)
             worked = True
         return worked
 
     @staticmethod
     def _sit(model: Model, thread: Thread) -> bool:
-        """Take the lowest free seat, if there is one."""
+        """Take the lowest free seat, if there is one, and KV memory for it as far as we know."""
         seat = model.free_seat()
-        if seat is None:
+        if seat is None or model.kv_short:
             return False
         thread.seat = seat
         model.seats[seat] = thread
@@ -205,35 +226,62 @@ class Dispatcher:
             return None
         return model.queue.victim(waiting, seated)
 
-    def _open(self, model: Model, thread: Thread) -> None:
-        """Begin, or take up again, a thread's sequence on its seat; pass over prompts that cannot be."""
-        process = thread.process
-        while True:
+    def _open(self, model: Model, thread: Thread, *, fresh: bool = False) -> None:
+        """Begin, or take up again, a thread's item on its seat, a `fresh` one or the one it had."""
+        while (seat := self._seat_of(model, thread)) is not None:
             try:
-                opened_tokens, computed = self._open_sequence(model, thread)
+                opened_tokens, computed = self._open_sequence(model, thread, seat)
                 break
             except WorkerDied:
                 self._suspect(thread)
                 raise
+            except AdmissionRefused:
+                self._stand(model, thread, fresh)
+                return
             except LlmosError as error:
-                if not self._next_item(thread, error):
+                if not self._next_item(model, thread, error):
                     return
+        else:
+            return
         with self.table.lock:
-            thread.computed, thread.sent = computed, process.item
+            thread.computed, thread.known = computed, 1
             if not thread.tokens:
                 thread.begin(Opened(opened_tokens, computed))
             if thread in model.queue:
                 model.queue.seat(thread, True)
-                process.state, process.waits_for = State.RUNNABLE, ""
+                thread.process.state, thread.process.waits_for = State.RUNNABLE, ""
         self._queue_ahead(model, thread)
+
+    def _seat_of(self, model: Model, thread: Thread) -> int | None:
+        """Where a thread is to answer its next item; None if it was killed, or there is no item left."""
+        with self.table.lock:
+            if thread.seat is not None and not thread.items and not thread.process.claim(thread):
+                self._retire(model, thread)
+            return thread.seat
+
+    def _stand(self, model: Model, thread: Thread, fresh: bool) -> None:
+        """The engine has no KV memory for a thread now: it waits until some is freed."""
+        with self.table.lock:
+            model.kv_short = True
+            if thread.seat is None:
+                return
+            if fresh:  # nothing is open there: closing it would free nothing
+                model.seats[thread.seat], thread.seat = None, None
+                return
+            model.vacate(thread, self.last_quantum)
+            if thread in model.queue:
+                model.queue.seat(thread, False)
 
     def _queue_ahead(self, model: Model, thread: Thread) -> None:
         """Let the engine know the job's next prompts, so that it need not wait for us between two."""
         process = thread.process
-        last = min(len(process.spec.prompts) - 1, process.item + QUEUE_AHEAD)
-        while thread.seat is not None and thread.sent < last:
-            thread.sent += 1
-            model.open_host().queue(thread.seat, process.prompt(thread.sent), process.spec.sampling)
+        with self.table.lock:
+            while len(thread.items) <= QUEUE_AHEAD and process.claim(thread, ahead=True):
+                pass
+        while thread.seat is not None and thread.known < len(thread.items):
+            item = thread.items[thread.known]
+            thread.known += 1
+            model.open_host().queue(thread.seat, process.prompt(item), process.sampling(item))
 
     def _suspect(self, thread: Thread) -> None:
         """The engine died while it opened this sequence: a second time, and the prompt is to blame."""
@@ -244,26 +292,27 @@ class Dispatcher:
                 if thread.process.alive:
                     self.life.ended(thread.process, fault.exit_code, fault)
 
-    def _open_sequence(self, model: Model, thread: Thread) -> tuple[tuple[int, ...], int]:
+    def _open_sequence(self, model: Model, thread: Thread, seat: int) -> tuple[tuple[int, ...], int]:
         """Returns the tokens of a new prompt and how many of the tokens have their KV already."""
-        host, process, seat = model.open_host(), thread.process, thread.seat
-        assert seat is not None
-        sampling = process.spec.sampling
+        host, process = model.open_host(), thread.process
+        sampling = process.sampling(thread.items[0])
         if not thread.tokens:
-            opened = host.open(seat, process.prompt(process.item), sampling)
+            opened = host.open(seat, process.prompt(thread.items[0]), sampling)
             return opened.tokens, opened.shared_tokens
         prompt = Prompt(
             tokens=tuple(thread.tokens),
             prompt_tokens=thread.prompt_length,
             max_tokens=process.spec.max_tokens,
         )
-        kv, thread.kv = thread.kv, None
+        kv = thread.kv.read() if thread.kv is not None else None
         if kv is not None:
             try:
-                host.restore(seat, prompt, sampling, kv)
-                return (), len(thread.tokens) - 1
+                restored = host.restore(seat, prompt, sampling, kv)
+                thread.drop_kv()
+                return (), restored.shared_tokens
             except CheckpointInvalid:
                 pass  # of another build or model: compute it again from the tokens
+        thread.drop_kv()
         return (), host.open(seat, prompt, sampling).shared_tokens
 
     # Quanta
@@ -290,8 +339,10 @@ class Dispatcher:
         try:
             event = model.open_host().poll(None)
             if isinstance(event, StepEvent):
-                for thread in self._commit(self.flights[0], event):
-                    if thread.sent < thread.process.item:
+                for thread, stuck in self._commit(self.flights[0], event).items():
+                    if stuck:
+                        self.swap_out(model, thread)
+                    elif not thread.known:
                         self._open(model, thread)
                     else:
                         self._queue_ahead(model, thread)
@@ -310,14 +361,14 @@ class Dispatcher:
                 raise WorkerDied(f"the engine of {model.name} makes no progress")
             self.scheduler.end(flight)
             model.draining = {seat: last for seat, last in model.draining.items() if last > flight.id}
-            still = {thread for other in self.flights for thread in other.grants}
-            for thread in flight.grants:
-                if thread not in still and thread.process.state is State.RUNNING:
-                    thread.process.state = State.RUNNABLE
+            still = {thread.process for other in self.flights for thread in other.grants}
+            for process in {thread.process for thread in flight.grants} - still:
+                if process.state is State.RUNNING:
+                    process.state = State.RUNNABLE
 
-    def _commit(self, flight: Flight, event: StepEvent) -> dict[Thread, None]:
-        """Book what a step did; returns the threads that have another prompt to answer, in order."""
-        onward: dict[Thread, None] = {}
+    def _commit(self, flight: Flight, event: StepEvent) -> dict[Thread, bool]:
+        """Book what a step did; returns the threads that have another item to answer, or are stuck (True)."""
+        onward: dict[Thread, bool] = {}
         with self.table.lock:
             now_s = self.clock.now_s()
             flight.used_s += event.step_s
@@ -338,10 +389,12 @@ class Dispatcher:
                 if step.token is not None:
                     self.life.touched(thread.process)
                     self._emit(thread.process, thread, step, now_s)
-                if (step.finish or step.error) and self._next_item(
-                    thread, self._complaint(flight.model, step)
+                if step.stuck:
+                    onward[thread] = True
+                elif (step.finish or step.error) and self._next_item(
+                    flight.model, thread, self._complaint(flight.model, step)
                 ):
-                    onward[thread] = None
+                    onward[thread] = False
             self._measure(event, now_s)
         return onward
 
@@ -367,7 +420,7 @@ class Dispatcher:
         process.rate.count(1, now_s)
         if process.first_token_s is None:
             process.first_token_s = now_s - process.started_s
-        process.write(step.text)
+        process.say(thread, step.text)
 
     @staticmethod
     def _complaint(model: Model, step: SequenceStep) -> LlmosError | None:
@@ -388,22 +441,34 @@ class Dispatcher:
 
     # Ends
 
-    def _next_item(self, thread: Thread, error: LlmosError | None) -> bool:
-        """A prompt is answered, or failed; True if there is another one and a seat to answer it on."""
+    def _next_item(self, model: Model, thread: Thread, error: LlmosError | None) -> bool:
+        """An item is answered, or failed; True if the thread has another one and a seat to answer it on."""
         process = thread.process
         with self.table.lock:
             if not process.alive:
                 return False
-            process.finish_item(error)
-            if process.item == len(process.spec.prompts):
+            process.finish_item(thread, error)
+            thread.known = max(0, thread.known - 1)
+            if process.items_done == process.spec.items:
                 self._exit(process)
                 return False
             thread.restart()
+            if not thread.items and not process.claim(thread):
+                self._retire(model, thread)
             return thread.seat is not None
+
+    def _retire(self, model: Model, thread: Thread) -> None:
+        """Nothing is left for a thread; the others of its process have its part of the weight."""
+        process = thread.process
+        self.scheduler.sleep(thread, model)
+        model.vacate(thread, self.last_quantum if self.flights else 0)
+        process.threads.remove(thread)
+        for other in process.threads:
+            self.scheduler.reweight(other, model)
 
     def _exit(self, process: Process) -> None:
         error, failed = process.error, process.items_failed
-        total = len(process.spec.prompts)
+        total = process.spec.items
         if error is not None and total > 1:
             error = type(error)(f"{failed} of {total} prompts failed; the first: {error.message}", error.hint)
         self.life.ended(process, error.exit_code if error else 0, error)
@@ -414,12 +479,12 @@ class Dispatcher:
             for flight in [f for f in self.flights if f.model is model]:
                 self.scheduler.end(flight)
             for thread in [t for t in model.seats if t is not None]:
-                thread.seat, thread.computed = None, 0
+                thread.seat, thread.computed, thread.known = None, 0, 0
                 if thread in model.queue:
                     model.queue.seat(thread, False)
                     thread.process.state = State.RUNNABLE
             host, model.host = model.host, None
-            model.seats, model.draining, model.to_close = [], {}, []
+            model.seats, model.draining, model.to_close, model.kv_short = [], {}, [], False
         if host is not None:
             host.shutdown()
         with self.table.lock:

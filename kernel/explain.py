@@ -33,7 +33,7 @@ def _ended(process: Process) -> tuple[str, ...]:
         return tuple(filter(None, (f"It failed (exit code {code}) {what}: {error.message}.", error.hint)))
     if code and code > 128:
         return (f"It was ended by the signal {Signal(code - 128).name} (exit code {code}) {what}.",)
-    return (f"It ended by itself {what}: {process.item} of {len(process.spec.prompts)} prompts answered.",)
+    return (f"It ended by itself {what}: {process.items_done} of {process.spec.items} prompts answered.",)
 
 
 def _loading(process: Process, model: Model | None) -> str:

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kernel.checkpoint import Checkpoint, model_digest
+from kernel.checkpoint import Checkpoint, SavedThread, check, model_digest
 from kernel.errors import LlmosError, NotPermitted
-from kernel.process import Process, spec_from
+from kernel.process import Process, Thread, spec_from
 
 GROUP_COMMIT_S = 0.1
 
@@ -32,11 +32,12 @@ _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS process (
-    pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER);
+    pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER,
+    prompt_tokens INTEGER, output_tokens INTEGER);
 CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
 CREATE TABLE IF NOT EXISTS progress (
-    pid INTEGER PRIMARY KEY, item INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
-    prompt_tokens INTEGER, output_tokens INTEGER);
+    pid INTEGER, thread INTEGER, item INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
+    PRIMARY KEY (pid, thread));
 """
 
 
@@ -56,12 +57,8 @@ class _Row:
     """What changed of one process, copied under the table's lock."""
 
     pid: int
-    first_item: int
-    replies: tuple[str, ...]
-    item: int
-    prompt_length: int
-    tokens: bytes
-    text: str
+    replies: tuple[tuple[int, str], ...]  # (item, text)
+    threads: tuple[tuple[int, int, int, bytes, str], ...]  # as the columns of `progress`
     prompt_tokens: int
     output_tokens: int
     nice: int
@@ -99,7 +96,7 @@ class Journal:
             return
         values = (process.pid, process.nice, json.dumps(asdict(process.spec)), digest)
         with self._writing, self._failing():
-            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL)", values)
+            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0)", values)
 
     def mark(self, process: Process) -> None:
         """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
@@ -157,16 +154,13 @@ class Journal:
             self._failed(f"the journal cannot be written: {error}")
 
     def _row(self, process: Process) -> _Row:
-        thread, first = process.threads[0], self._items.get(process.pid, 0)
-        self._items[process.pid] = len(process.replies)
+        first = self._items.get(process.pid, 0)
+        self._items[process.pid] = process.item
+        replies = *enumerate(process.replies[first:], first), *(process.early or {}).items()
         return _Row(
             pid=process.pid,
-            first_item=first,
-            replies=tuple(process.replies[first:]),
-            item=process.item,
-            prompt_length=thread.prompt_length,
-            tokens=array("i", thread.tokens).tobytes(),
-            text="".join(process.reply),
+            replies=replies,
+            threads=tuple(_columns(thread) for thread in process.threads if thread.items),
             prompt_tokens=process.prompt_tokens,
             output_tokens=process.output_tokens,
             nice=process.nice,
@@ -182,15 +176,22 @@ class Journal:
                 for table in _TABLES:
                     run(f"DELETE FROM {table} WHERE pid = ?", (row.pid,))
                 continue
-            run(
-                "UPDATE process SET nice = ?, exit_code = ? WHERE pid = ?", (row.nice, row.exit_code, row.pid)
-            )
-            for item, text in enumerate(row.replies, row.first_item):
-                run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
-            progress = (row.pid, row.item, row.prompt_length, row.tokens, _bytes(row.text))
             counts = (row.prompt_tokens, row.output_tokens)
-            run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?)", progress + counts)
+            run(_UPDATE, (row.nice, row.exit_code, *counts, row.pid))
+            for item, text in row.replies:
+                run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
+            for *thread, text in row.threads:
+                progress = (row.pid, *thread, _bytes(str(text)))
+                run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?)", progress)
         run("COMMIT")
+
+
+_UPDATE = "UPDATE process SET nice = ?, exit_code = ?, prompt_tokens = ?, output_tokens = ? WHERE pid = ?"
+
+
+def _columns(thread: Thread) -> tuple[int, int, int, bytes, str]:
+    tokens = array("i", thread.tokens).tobytes()
+    return thread.index, thread.items[0], thread.prompt_length, tokens, "".join(thread.reply)
 
 
 def dead_journals(folder: Path) -> list[Path]:
@@ -212,11 +213,10 @@ def read(file: Path) -> list[Orphan]:
         return []
 
 
-_PROCESSES = """
-SELECT pid, nice, exit_code, spec, digest, coalesce(prompt_length, 0), coalesce(tokens, x''),
-    coalesce(text, x''), coalesce(prompt_tokens, 0), coalesce(output_tokens, 0)
-FROM process LEFT JOIN progress USING (pid) ORDER BY pid
-"""
+_PROCESSES = (
+    "SELECT pid, nice, exit_code, spec, digest, prompt_tokens, output_tokens FROM process ORDER BY pid"
+)
+_PROGRESS = "SELECT item, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
 
 
 def _orphan(
@@ -227,24 +227,24 @@ def _orphan(
     exit_code: int | None,
     spec: str,
     digest: str,
-    prompt_length: int,
-    tokens: bytes,
-    text: bytes,
     prompt_tokens: int,
     output_tokens: int,
 ) -> Orphan:
-    replies = database.execute("SELECT text FROM reply WHERE pid = ? ORDER BY item", (pid,))
+    replies = database.execute("SELECT item, text FROM reply WHERE pid = ? ORDER BY item", (pid,))
+    finished = {item: _text(reply) for item, reply in replies}
     state = Checkpoint(
         spec=spec_from(json.loads(spec)),
         model_digest=digest,
-        tokens=tuple(array("i", tokens)),
-        prompt_length=prompt_length,
-        replies=tuple(_text(reply) for (reply,) in replies),
-        reply=_text(text),
+        replies=finished,
+        threads=tuple(
+            SavedThread(item, prompt_length, tuple(array("i", tokens)), _text(text))
+            for item, prompt_length, tokens, text in database.execute(_PROGRESS, (pid,))
+            if item not in finished
+        ),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        kv=None,
     )
+    check(state)
     return Orphan(file, pid, nice, exit_code, state)
 
 

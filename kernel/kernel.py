@@ -26,6 +26,7 @@ from kernel.process import Group, Process, ProcessSpec, ProcessTable, Signal, St
 from kernel.recovery import Recovery
 from kernel.residency import Residency
 from kernel.snapshot import LogView
+from kernel.swap import RAM, SwapSpace, disk_pool
 
 T = TypeVar("T")
 
@@ -44,6 +45,8 @@ class Parts:
     threaded: bool = True  # False: stepped by hand with `pump`
     host: Callable[[], HostSample] | None = None  # sensors of the machine
     journal: Path | None = None  # the folder that survives a crash; None: nothing does
+    swap: Path | None = None  # the folder for KV state that RAM is too short for
+    ram_bytes: int = 64 << 30  # of the host, where no device computes in it
 
 
 class Kernel:
@@ -57,6 +60,7 @@ class Kernel:
         self.bus = Bus(self.config.mailbox_messages)
         self.table = ProcessTable(self.config)
         self.ledger = MemoryLedger()
+        self.swap = SwapSpace(self.ledger, parts.swap, self.clock.now_s)
         self.policy = policy_named(self.config.policy)  # guarded by table.lock
         self.groups: dict[str, Group] = {}  # guarded by table.lock
         self.residency = Residency(self)
@@ -68,6 +72,7 @@ class Kernel:
         for driver in parts.drivers.values():
             for device in driver.devices():
                 self._add_device(device)
+        self._add_host_pools()
 
     # Boot and shutdown
 
@@ -78,12 +83,22 @@ class Kernel:
         if device.kind == "cpu":
             reserve, available = self.config.ram_reserve_bytes, self.parts.ram_available
         self.ledger.add_pool(Pool(device.pool, device.memory_bytes, reserve, available))
-        dispatcher = Dispatcher(device, self.config, self.table, self.clock, self)
+        dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
         if self.parts.threaded:
             thread = threading.Thread(target=self._serve, args=(dispatcher,), name=device.name, daemon=True)
             self._threads.append(thread)
             thread.start()
+
+    def _add_host_pools(self) -> None:
+        """Where KV state is swapped out to."""
+        parts = self.parts
+        if not self.ledger.has_pool(RAM):
+            self.ledger.add_pool(
+                Pool(RAM, parts.ram_bytes, self.config.ram_reserve_bytes, parts.ram_available)
+            )
+        if parts.swap is not None:
+            self.ledger.add_pool(disk_pool(parts.swap, self.config.disk_reserve_bytes))
 
     def _serve(self, dispatcher: Dispatcher) -> None:
         """A dispatcher's thread. A bug in the kernel ends the device's processes, not the shell."""
@@ -174,7 +189,7 @@ class Kernel:
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down
                 return
-            if exit_code is not None or process.item == len(process.spec.prompts):
+            if exit_code is not None or process.items_done == process.spec.items:
                 self.ended(process, exit_code or 0)
                 return
             if model.state is ModelState.LOADED:
@@ -258,7 +273,8 @@ class Kernel:
             group.weight = weight
             for process in [p for p in self.table if p.alive and p.group is group]:
                 model = self.models[process.model]
-                self.dispatchers[model.device.name].scheduler.reweight(process.threads[0], model)
+                for thread in process.threads:
+                    self.dispatchers[model.device.name].scheduler.reweight(thread, model)
             for dispatcher in self.dispatchers.values():
                 dispatcher.interrupt()
 
@@ -277,7 +293,7 @@ class Kernel:
         for thread in process.threads:
             dispatcher.scheduler.sleep(thread, model)
             model.vacate(thread, last)
-            thread.kv = None
+            thread.drop_kv()
             thread.computed = 0
         if exit_code > 128:  # by a signal: do not let the quanta in flight compute for the dead
             dispatcher.interrupt()

@@ -88,6 +88,15 @@ class MemoryLedger:
         with self.lock:
             return self._drop(self._pools[pool], owner)
 
+    def free_bytes(self, pool: str) -> int:
+        """What can still be admitted to a pool."""
+        with self.lock:
+            return self._pools[pool].view().free_bytes
+
+    def has_pool(self, pool: str) -> bool:
+        with self.lock:
+            return pool in self._pools
+
     def views(self) -> tuple[PoolView, ...]:
         with self.lock:
             return tuple(pool.view() for pool in self._pools.values())

@@ -61,6 +61,7 @@ class Model:
     seats: list[Thread | None] = field(default_factory=list)
     draining: dict[int, int] = field(default_factory=dict)  # seat -> last quantum that may still name it
     to_close: list[int] = field(default_factory=list)  # vacated seats that the engine has not been told of
+    kv_short: bool = False  # the engine refused a sequence for want of KV memory, and has closed none since
     contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
     users: set[int] = field(default_factory=set)  # PIDs
     progress: float = 0.0
@@ -79,6 +80,10 @@ class Model:
             if thread is None and seat not in self.draining and seat not in self.to_close:
                 return seat
         return None
+
+    def has_seat(self) -> bool:
+        """Whether a sequence can be opened now, as far as we know."""
+        return not self.kv_short and self.free_seat() is not None
 
     def vacate(self, thread: Thread, last_quantum: int) -> None:
         """Take a thread off its seat. The seat is reused once the engine has closed it and quanta up

@@ -8,9 +8,9 @@ Not here: who runs next (scheduler), what a program does at a turn's end (kernel
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
@@ -49,8 +49,9 @@ class Signal(IntEnum):
 class ProcessSpec:
     """What to run; all that is needed to run it again.
 
-    `prompts` are answered in order, each from a fresh context. With `lines`, each reply is one
-    line of output (line breaks inside it become spaces). With `raw`, the chat template is not applied.
+    `prompts` are answered each from a fresh context, `threads` of them at a time, and each of them
+    `samples` times, with one seed after another; the output is in order. With `lines`, each reply is
+    one line of output (line breaks inside it become spaces). With `raw`, the chat template is not applied.
     """
 
     model: str
@@ -65,6 +66,13 @@ class ProcessSpec:
     group: str = ""  # the group whose weight it shares; "": its own, by nice
     context_tokens: int = 0  # asked of the model if this process makes it load; 0 = the driver's choice
     sink: str = ""  # where the shell sends the output; nothing to the kernel, comes back with `resume`
+    threads: int = 1
+    samples: int = 1
+
+    @property
+    def items(self) -> int:
+        """Replies to give."""
+        return len(self.prompts) * self.samples
 
 
 def check_nice(nice: int) -> None:
@@ -90,6 +98,8 @@ def check_spec(spec: ProcessSpec) -> None:
         ("seed", sampling.seed, 0, 2**63 - 1),
         ("max_tokens", spec.max_tokens, 0, 2**31 - 1),
         ("ctx", spec.context_tokens, 0, 2**31 - 1),
+        ("threads", spec.threads, 1, 256),
+        ("samples", spec.samples, 1, 10_000),
     ):
         if not least <= value <= most:
             raise UsageError(f"{name} {value} is out of range", f"{least} to {most}")
@@ -125,19 +135,35 @@ class Group:
     weight: float = 1.0
 
 
+class Swapped(Protocol):
+    """KV state that was moved out of its engine."""
+
+    size_bytes: int
+
+    def read(self) -> bytes | None:
+        """None if it was lost: then it is computed again."""
+
+    def free(self) -> None:
+        """It is needed no more. Safe to call twice."""
+
+
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One sequence on one engine: the unit the scheduler runs."""
+    """One sequence on one engine: the unit the scheduler runs. It answers its items one after another."""
 
     process: "Process"
     index: int = 0
+    items: list[int] = field(
+        default_factory=list, repr=False
+    )  # claimed: the one being answered, the next ones
+    known: int = 0  # how many of its items the engine knows, the one being answered included
+    reply: list[str] = field(default_factory=list, repr=False)  # pieces of it so far
     seat: int | None = None  # its seat in the engine's KV cache
     tokens: list[int] = field(default_factory=list, repr=False)  # prompt, then output
     prompt_length: int = 0  # how many of `tokens` are prompt
     computed: int = 0  # tokens whose KV exists
-    kv: bytes | None = field(default=None, repr=False)  # KV state swapped out to RAM
+    kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
-    sent: int = -1  # the last item whose prompt its engine knows
     deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
 
@@ -167,7 +193,13 @@ class Thread:
         """Forget the sequence: the next item begins."""
         self.tokens.clear()
         self.prompt_length = self.computed = 0
-        self.kv = None
+        self.drop_kv()
+
+    def drop_kv(self) -> None:
+        """Give back what was swapped out."""
+        if self.kv is not None:
+            self.kv.free()
+            self.kv = None
 
 
 @dataclass(slots=True, eq=False)
@@ -184,10 +216,10 @@ class Process:
     rate: Rate
     group: Group | None = None
     state: State = State.NEW
-    threads: list[Thread] = field(default_factory=list, repr=False)
+    threads: list[Thread] = field(default_factory=list, repr=False)  # that have something to answer
     stdout: Stream = field(default_factory=Stream)
-    replies: list[str] = field(default_factory=list, repr=False)  # finished items
-    reply: list[str] = field(default_factory=list, repr=False)  # pieces of the current one
+    replies: list[str] = field(default_factory=list, repr=False)  # finished items, in order
+    early: dict[int, str] | None = field(default=None, repr=False)  # finished before one of lower number
     waits_for: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -201,41 +233,91 @@ class Process:
     error: LlmosError | None = None
     items_failed: int = 0
     reaped: bool = False
+    unclaimed: int = 0  # no item below it is waiting for a thread
 
     @property
     def item(self) -> int:
-        """Index of the prompt being answered."""
+        """The first item that is not finished; its reply goes to the output as it comes."""
         return len(self.replies)
+
+    @property
+    def items_done(self) -> int:
+        return len(self.replies) + len(self.early or ())
 
     @property
     def alive(self) -> bool:
         return self.state is not State.ZOMBIE
 
     def prompt(self, item: int) -> Prompt:
-        """A prompt of the job, as the engine wants it."""
-        text, limit = self.spec.prompts[item], self.spec.max_tokens
+        """What an item is to answer, as the engine wants it."""
+        text, limit = self.spec.prompts[item // self.spec.samples], self.spec.max_tokens
         if self.spec.raw:
             return Prompt(text=text, max_tokens=limit)
         return Prompt(messages=(("user", text),), max_tokens=limit)
+
+    def sampling(self, item: int) -> Sampling:
+        """How its tokens are drawn."""
+        sampling, sample = self.spec.sampling, item % self.spec.samples
+        return replace(sampling, seed=(sampling.seed + sample) % 2**63) if sample else sampling
 
     def tokens(self) -> int:
         """Tokens now in the window, all threads."""
         return sum(len(thread.tokens) for thread in self.threads)
 
-    def write(self, text: str) -> None:
-        """Emit output, as the spec wants it."""
-        self.reply.append(text)
-        self.stdout.write(" ".join(text.splitlines()) if self.spec.lines and "\n" in text else text)
+    def claim(self, thread: Thread, *, ahead: bool = False) -> bool:
+        """Give a thread the next item; False if none is left, or, `ahead` of time, too few for the others."""
+        taken = {item for each in self.threads for item in each.items} | set(self.early or ())
+        while self.unclaimed in taken or self.unclaimed < self.item:
+            self.unclaimed += 1
+        if self.unclaimed + (len(self.threads) - 1 if ahead else 0) >= self.spec.items:
+            return False
+        thread.items.append(self.unclaimed)
+        self.unclaimed += 1
+        return True
 
-    def finish_item(self, error: LlmosError | None = None) -> None:
-        """The current prompt is answered, or could not be; a job of many lines goes on after a bad one."""
-        self.replies.append("".join(self.reply))
-        self.reply.clear()
-        if self.spec.lines:
-            self.stdout.write("\n")
+    def say(self, thread: Thread, text: str) -> None:
+        """A piece of a reply: to the output, if it is the next in order, as the spec wants it."""
+        thread.reply.append(text)
+        if thread.items[0] == self.item:
+            self._print(text)
+
+    def finish_item(self, thread: Thread, error: LlmosError | None = None) -> None:
+        """A thread's item is answered, or could not be; a job of many goes on after a bad one."""
+        item, text = thread.items.pop(0), "".join(thread.reply)
+        thread.reply.clear()
         if error is not None:
             self.items_failed += 1
             self.error = self.error or error
+        if item == self.item:
+            self._close(text)
+        else:
+            self.early = {**(self.early or {}), item: text}
+        while self.early and self.item in self.early:
+            self.recall(self.early.pop(self.item))
+
+    def recall(self, reply: str) -> None:
+        """The reply to the next item in order is known as a whole."""
+        self._print(reply)
+        self._close(reply)
+
+    def _close(self, reply: str) -> None:
+        self.replies.append(reply)
+        if self.spec.lines:
+            self.stdout.write("\n")
+        elif self.spec.samples > 1:
+            self.stdout.write("\n" if self.item == self.spec.items else "\n\n")
+        self.open_item()
+
+    def open_item(self) -> None:
+        """The next item in order goes to the output: what there is of it already, then more as it comes."""
+        if self.spec.samples > 1 and not self.spec.lines and self.item < self.spec.items:
+            self.stdout.write(f"==> {self.item + 1} <==\n")
+        for thread in self.threads:
+            if thread.items and thread.items[0] == self.item:
+                self._print("".join(thread.reply))
+
+    def _print(self, text: str) -> None:
+        self.stdout.write(" ".join(text.splitlines()) if self.spec.lines and "\n" in text else text)
 
 
 class ProcessTable:
@@ -260,7 +342,8 @@ class ProcessTable:
         now_s = clock.now_s()
         rate = Rate(self.config.rate_window_s, now_s)
         process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s(), rate)
-        process.threads.append(Thread(process))
+        process.threads.extend(Thread(process, index) for index in range(min(spec.threads, spec.items)))
+        process.open_item()
         self._next_pid += 1
         self._rows[process.pid] = process
         return process
@@ -296,4 +379,7 @@ class ProcessTable:
         for process in self._rows.values():
             assert (process.exit_code is not None) == (process.state is State.ZOMBIE), process
             assert process.alive or not any(t.seat is not None for t in process.threads), process
-            assert len(process.replies) <= len(process.spec.prompts), process
+            claimed = [item for thread in process.threads for item in thread.items]
+            finished = set(range(process.item)) | set(process.early or ())
+            assert len(set(claimed)) == len(claimed) and finished.isdisjoint(claimed), process
+            assert process.items_done <= process.spec.items, process

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kernel.errors import CheckpointInvalid
 from kernel.models import Model
-from kernel.process import Process, check_spec
+from kernel.process import Process, Thread, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
@@ -58,16 +58,29 @@ class Recovery:
         with self.kernel.table.lock:
             self.kernel.residency.check_wanted(model)
             process = self.kernel.new_process(spec, entry.name, ppid)
-            for reply in saved.replies:
-                process.write(reply)
-                process.finish_item()
-            process.write(saved.reply)
-            process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
-            thread = process.threads[0]
-            thread.tokens.extend(saved.tokens)
-            thread.prompt_length, thread.kv = saved.prompt_length, saved.kv
+            self._fill(process, saved)
+            threads = tuple(process.threads)
+        for thread, state in zip(threads, saved.threads, strict=False):
+            if state.kv is not None and process.alive:
+                thread.kv = self.kernel.swap.put(process.pid, thread.index, state.kv)
         self.kernel.begin(process, model, exit_code)
         return process
+
+    @staticmethod
+    def _fill(process: Process, saved: "Checkpoint") -> None:
+        """Give a fresh row the progress that was saved. With the table's lock held."""
+        process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
+        replies = dict(saved.replies)
+        while process.item in replies:
+            process.recall(replies.pop(process.item))
+        process.early = replies or None
+        while len(process.threads) < len(saved.threads):
+            process.threads.append(Thread(process, len(process.threads)))
+        for thread, state in zip(process.threads, saved.threads, strict=False):
+            thread.items.append(state.item)
+            thread.tokens.extend(state.tokens)
+            thread.prompt_length = state.prompt_length
+            process.say(thread, state.reply)
 
     def write_down(self, process: Process, model: Model) -> None:
         """Opens this boot's journal with its first process: a session that runs nothing needs none."""
@@ -146,22 +159,35 @@ class Recovery:
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
         from kernel import checkpoint
 
-        dispatcher, thread = self.kernel.dispatchers[model.device.name], process.threads[0]
-        dispatcher.drain()
-        kv = thread.kv
-        if model.host is not None and thread.seat is not None and thread.computed:
-            kv = model.host.dump(thread.seat)
+        self.kernel.dispatchers[model.device.name].drain()
         digest = checkpoint.model_digest(model.info.path)
+        states = [(thread, self._kv(model, thread)) for thread in process.threads]
         with self.kernel.table.lock:
             self.kernel.table.alive(process.pid)
             return checkpoint.Checkpoint(
                 spec=process.spec,
                 model_digest=digest,
-                tokens=tuple(thread.tokens),
-                prompt_length=thread.prompt_length,
-                replies=tuple(process.replies),
-                reply="".join(process.reply),
+                replies={**dict(enumerate(process.replies)), **(process.early or {})},
+                threads=tuple(
+                    checkpoint.SavedThread(
+                        item=thread.items[0],
+                        prompt_length=thread.prompt_length,
+                        tokens=tuple(thread.tokens),
+                        reply="".join(thread.reply),
+                        kv=kv,
+                    )
+                    for thread, kv in states
+                    if thread.items
+                ),
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,
-                kv=kv if thread.computed == len(thread.tokens) - 1 or thread.kv else None,
             )
+
+    @staticmethod
+    def _kv(model: Model, thread: Thread) -> bytes | None:
+        """A thread's KV state, if it has one."""
+        if thread.kv is not None:
+            return thread.kv.read()
+        if model.host is None or thread.seat is None or not thread.computed:
+            return None
+        return model.host.dump(thread.seat)

@@ -126,7 +126,9 @@ class Syscalls:
         """The prompts answered so far, each with its reply. Raises ProcessNotFound."""
         with self._table.lock:
             process = self._table.get(pid)
-            return tuple(zip(process.spec.prompts, process.replies, strict=False))
+            samples = process.spec.samples
+            asked = (process.spec.prompts[item // samples] for item in range(process.item))
+            return tuple(zip(asked, process.replies, strict=True))
 
     def save(self, pid: int, path: Path) -> int:
         """Write a checkpoint of a process that has not ended; returns its bytes. The process goes on.

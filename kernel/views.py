@@ -39,8 +39,8 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         started_s=process.started_wall_s,
         elapsed_s=elapsed_s,
         first_token_s=process.first_token_s,
-        items_done=process.item,
-        items_total=len(process.spec.prompts),
+        items_done=process.items_done,
+        items_total=process.spec.items,
         share_due=due,
         share_received=process.share_received,
         waits_for=_waits_for(process, model),
@@ -85,7 +85,7 @@ def disk_view(entry: CatalogEntry) -> ModelView:
 
 def _kv_bytes(process: Process, bytes_per_token: int) -> int:
     """KV that its tokens occupy, in a seat or swapped out."""
-    return sum(len(t.kv) if t.kv is not None else t.computed * bytes_per_token for t in process.threads)
+    return sum(t.kv.size_bytes if t.kv is not None else t.computed * bytes_per_token for t in process.threads)
 
 
 def _waits_for(process: Process, model: Model | None) -> str:
@@ -95,6 +95,6 @@ def _waits_for(process: Process, model: Model | None) -> str:
         return ""
     if model.host is None:
         return f"{model.name} to load"
-    if process.state is State.RUNNABLE and all(t.seat is None for t in process.threads):
+    if process.state in (State.RUNNABLE, State.SWAPPED) and all(t.seat is None for t in process.threads):
         return f"one of {len(model.seats)} seats of {model.name}"
     return ""

@@ -58,6 +58,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             ram_available=_ram_available,
             host=_host_sensors(),
             journal=paths.state / "journal",
+            swap=paths.state / "swap",
         )
     )
     system = Syscalls(kernel)

@@ -11,16 +11,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel.checkpoint import Checkpoint, decode, encode, read, write
+from kernel.checkpoint import Checkpoint, SavedThread, decode, encode, read, write
 from kernel.device import Sampling
 from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
 from kernel.process import ProcessSpec
 
 KEY = b"k" * 32
 SPEC = ProcessSpec(
-    "nano", ("one", "two", "three"), lines=True, sampling=Sampling(0.5, seed=7), nice=3, command="run …"
+    "nano",
+    ("one", "two", "three"),
+    lines=True,
+    sampling=Sampling(0.5, seed=7),
+    nice=3,
+    command="run …",
+    threads=3,
+    samples=2,
 )
-STATE = Checkpoint(SPEC, "digest", (5, 6, 7, 8), 3, ("reply",), "half a", 10, 20, b"\x00\x01" * 500)
+THREADS = (
+    SavedThread(1, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500),
+    SavedThread(3, 2, (5, 6), "", None),
+    SavedThread(4, 0, (), "", b"\x02" * 70),
+)
+STATE = Checkpoint(SPEC, "digest", {0: "reply", 2: "early"}, THREADS, 10, 20)
+
+
+def without_kv(state: Checkpoint) -> Checkpoint:
+    return replace(state, threads=tuple(replace(thread, kv=None) for thread in state.threads))
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -40,14 +56,13 @@ def test_round_trip(tmp_path: Path) -> None:
 )
 def test_any_state_round_trips(prompts: list[str], tokens: list[int], kv: bytes | None, reply: str) -> None:
     spec = replace(SPEC, prompts=tuple(prompts))
-    state = replace(
-        STATE, spec=spec, tokens=tuple(tokens), prompt_length=len(tokens), replies=(), reply=reply, kv=kv
-    )
+    thread = SavedThread(0, len(tokens), tuple(tokens), reply, kv)
+    state = replace(STATE, spec=spec, replies={1: reply}, threads=(thread,))
     assert decode(encode(state, KEY), KEY) == state
 
 
 def test_a_foreign_key_costs_the_kv_and_nothing_else() -> None:
-    assert decode(encode(STATE, KEY), b"x" * 32) == replace(STATE, kv=None)
+    assert decode(encode(STATE, KEY), b"x" * 32) == without_kv(STATE)
 
 
 def test_of_two_thousand_damaged_files_none_is_accepted_that_differs() -> None:
@@ -67,22 +82,27 @@ def test_of_two_thousand_damaged_files_none_is_accepted_that_differs() -> None:
             got = decode(bytes(data), KEY)
         except CheckpointInvalid:
             continue
-        assert got == replace(STATE, kv=None) and data[:-32] == blob[:-32]
+        assert got == without_kv(STATE) and data[:-32] == blob[:-32]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokens": ["x"]},
-        {"prompt_length": 9},
-        {"replies": ["a", "b", "c"]},
+        {"threads": [[1, 0, ["x"], "", 0]]},
+        {"threads": [[1, 9, [5], "", 0]]},
+        {"threads": [[1, 0, [5], None, 0]]},
+        {"threads": [[1, 0, [5], "", 1]]},
+        {"threads": [[0, 0, [5], "", 0]]},
+        {"threads": [[n, 0, [], "", 0] for n in (1, 3, 4, 5)]},
+        {"threads": 3},
+        {"replies": [[6, "there are but six"]]},
+        {"replies": [["0", "text"]]},
         {"spec": {"model": 3}},
-        {"reply": None},
-        {"extra": 1},
+        {"counts": [1]},
     ],
 )
 def test_a_header_that_lies_is_refused(change: dict[str, object]) -> None:
-    blob = encode(replace(STATE, kv=None), KEY)
+    blob = encode(without_kv(STATE), KEY)
     _, version, size, _ = struct.unpack_from("<8sIQQ", blob)
     header = json.loads(blob[28 : 28 + size]) | change
     text = json.dumps(header).encode()
@@ -120,7 +140,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LlmosError, match="No space left"):
-        write(replace(STATE, reply="other"), file, KEY)
+        write(replace(STATE, model_digest="other"), file, KEY)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 

@@ -312,7 +312,7 @@ def test_unload_frees_what_load_took_and_refuses_a_model_in_use() -> None:
     sim = SimSystem()
     pid = sim.spawn()
     sim.run_until(10)
-    (pool,) = sim.system.snapshot().pools
+    pool = sim.system.snapshot().pools[0]
     assert {claim.kind for claim in pool.claims} == {"weights", "kv", "compute"}
     with pytest.raises(NotPermitted, match=f"in use by {pid}"):
         sim.system.unload("m")

@@ -65,6 +65,7 @@ infos = every_field(
     compute_bytes=counts,
     step_cost_s=st.dictionaries(counts, reals, max_size=4),
     prefill_token_s=reals,
+    copy_token_s=reals,
 )
 steps = every_field(
     SequenceStep,
@@ -76,6 +77,7 @@ steps = every_field(
     opened=st.none() | opened,
     error=st.none() | st.builds(errors.ContextFull, text, text),
     shared_tokens=counts,
+    stuck=st.booleans(),
 )
 events = every_field(
     StepEvent,

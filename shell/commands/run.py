@@ -14,6 +14,7 @@ from shell.render import format_size
 from shell.session import Shell
 
 _INPUT_MAX_BYTES = 256 << 20
+_THREADS_MAX = 16  # at once, where nobody says how many
 _SIZES = {"k": 1024, "m": 1024 * 1024}
 
 
@@ -26,6 +27,14 @@ def tokens(text: str) -> int:
     return count
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` is less than 1")
+    return number
+
+
 def _arguments(parser: Arguments) -> None:
     parser.add("model", metavar="MODEL", completes=("model",))
     parser.add("words", nargs="*", metavar="WORDS")
@@ -33,6 +42,17 @@ def _arguments(parser: Arguments) -> None:
         "-f", dest="file", metavar="FILE", completes=("file",), help="append a file to the prompt; - is stdin"
     )
     parser.add("--lines", action="store_true", help="each non-empty line is one prompt, each reply one line")
+    parser.add(
+        "-n", dest="samples", type=count, default=1, metavar="K", help="answer each prompt K times, at once"
+    )
+    parser.add(
+        "-j",
+        dest="threads",
+        type=count,
+        default=0,
+        metavar="J",
+        help="answer J prompts at a time (default: 1, or K)",
+    )
     parser.add("--raw", action="store_true", help="the prompt as it is, without the chat template")
     parser.add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy")
     parser.add("--top-k", type=int, metavar="K", help="of the K likeliest tokens")
@@ -67,6 +87,8 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
         command=shell.frame.line,
         context_tokens=args.ctx,
         sink=sink_of(shell.frame),
+        threads=args.threads or min(args.samples, _THREADS_MAX),
+        samples=args.samples,
     )
     return start(shell, shell.system.spawn(spec))
 
