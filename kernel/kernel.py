@@ -234,10 +234,39 @@ class Kernel:
 
     def _continue(self, process: Process) -> None:
         if process.state is State.STOPPED:
+            self._resume(process, self.models[process.model])
+
+    def _resume(self, process: Process, model: Model) -> None:
+        process.state = State.RUNNABLE if model.host else State.NEW
+        self._wake(process, model)
+        self._changed(process)
+
+    def swap_out(self, pid: int) -> int:
+        with self.table.lock:
+            process = self.table.alive(pid)
             model = self.models[process.model]
-            process.state = State.RUNNABLE if model.host else State.NEW
-            self._wake(process, model)
+            dispatcher = self.dispatchers[model.device.name]
+            if process.state is not State.STOPPED:
+                for thread in process.threads:
+                    dispatcher.scheduler.sleep(thread, model)
+                process.state = State.SWAPPED
             self._changed(process)
+            threads = tuple(process.threads)
+
+        def move() -> None:
+            for thread in threads:
+                dispatcher.swap_out(model, thread)
+
+        self.on_dispatcher(model, move)
+        with self.table.lock:
+            return sum(thread.kv.size_bytes for thread in threads if thread.kv is not None)
+
+    def swap_in(self, pid: int) -> None:
+        with self.table.lock:
+            process = self.table.alive(pid)
+            model = self.models[process.model]
+            if process.state is State.SWAPPED and all(t not in model.queue for t in process.threads):
+                self._resume(process, model)
 
     def renice(self, pid: int, nice: int) -> int:
         check_nice(nice)

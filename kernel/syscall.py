@@ -63,6 +63,17 @@ class Syscalls:
         """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
         return self._kernel.renice(pid, nice)
 
+    def swap_out(self, pid: int) -> int:
+        """Move a process's KV out of its engine, and keep it there until `swap_in`; returns the bytes moved.
+
+        Raises ProcessNotFound, NotPermitted (it has ended).
+        """
+        return self._kernel.swap_out(pid)
+
+    def swap_in(self, pid: int) -> None:
+        """Let a process that was swapped out by hand run again. Raises as `swap_out`."""
+        self._kernel.swap_in(pid)
+
     def set_policy(self, name: str) -> str:
         """Schedule by another policy from now on: "fair", "fifo", "rr", "priority"; returns the old one.
 

@@ -44,7 +44,11 @@ class SimSystem:
     """Kernel, clock and system calls, stepped by hand."""
 
     def __init__(
-        self, models: Mapping[str, SimModel] | None = None, config: KernelConfig | None = None
+        self,
+        models: Mapping[str, SimModel] | None = None,
+        config: KernelConfig | None = None,
+        swap: Path | None = None,
+        ram_bytes: int = 64 << 30,
     ) -> None:
         self.models = dict(models or {"m": SimModel(mean_tokens=0)})
         self.clock = ManualClock()
@@ -58,6 +62,8 @@ class SimSystem:
                 key=b"k" * 32,
                 config=config or KernelConfig(),
                 threaded=False,
+                swap=swap,
+                ram_bytes=ram_bytes,
             )
         )
         self.system = Syscalls(self.kernel)
