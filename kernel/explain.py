@@ -17,12 +17,19 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
             f"`cont {process.pid}` lets it go on where it was.",
             *_share(process, model),
         )
+    if model is not None and held_out(process, model):
+        return ("It was swapped out by hand.", f"`swapin {process.pid}` lets it go on where it was.")
     if model is None or model.host is None:
         return (_loading(process, model),)
     if all(thread.seat is None for thread in process.threads):
         return (_no_seat(process, model), *_share(process, model))
     rate = process.rate.per_s(now_s)
     return (f"It runs: {rate:.0f} output tokens/s now.", *_share(process, model), *_failures(process))
+
+
+def held_out(process: Process, model: Model) -> bool:
+    """Whether it is to stay out of its engine until somebody says otherwise."""
+    return process.state is State.SWAPPED and not any(t in model.queue for t in process.threads)
 
 
 def _ended(process: Process) -> tuple[str, ...]:

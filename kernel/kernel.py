@@ -18,6 +18,7 @@ from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
 from kernel.errors import AdmissionRefused, KernelFault, LlmosError, UsageError, WorkerDied
+from kernel.explain import held_out
 from kernel.memory import MemoryLedger, Pool
 from kernel.message import Message
 from kernel.models import Catalog, Model, ModelState
@@ -265,7 +266,7 @@ class Kernel:
         with self.table.lock:
             process = self.table.alive(pid)
             model = self.models[process.model]
-            if process.state is State.SWAPPED and all(t not in model.queue for t in process.threads):
+            if held_out(process, model):
                 self._resume(process, model)
 
     def renice(self, pid: int, nice: int) -> int:

@@ -5,6 +5,7 @@ Not here: the views themselves (snapshot), how they are printed (shell, tui).
 """
 
 from kernel.dispatcher import Dispatcher
+from kernel.explain import held_out
 from kernel.models import CatalogEntry, Model
 from kernel.process import Process, State
 from kernel.snapshot import DeviceView, ModelView, ProcessView
@@ -93,6 +94,8 @@ def _waits_for(process: Process, model: Model | None) -> str:
         return "a CONT signal"
     if process.state is State.ZOMBIE or model is None:
         return ""
+    if held_out(process, model):
+        return "`swapin`"
     if model.host is None:
         return f"{model.name} to load"
     if process.state in (State.RUNNABLE, State.SWAPPED) and all(t.seat is None for t in process.threads):

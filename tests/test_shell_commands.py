@@ -532,3 +532,15 @@ def test_exit_codes_and_jobs_at_the_prompt(shell: Session) -> None:
     assert shell.line("(")[0] == 2
     shell.shell.exit_warned = False
     assert shell.line("exit")[0] == 2
+
+
+def test_swapout_and_swapin(shell: Session) -> None:
+    shell.line("run endless hi &")
+    shell.line("sleep 0.05")
+    status, _, told = shell.line("swapout %1")
+    assert status == 0 and "is swapped out" in told
+    assert "swapped out by hand" in shell.line("why %1")[1]
+    assert shell.line("swapin %1")[0] == 0
+    assert "swapped out" not in shell.line("why %1")[1]
+    assert shell.line("swapout 999")[0] == 1
+    shell.line("kill %1")
