@@ -34,6 +34,7 @@ class SavedThread:
     """The item that a thread is at. `kv` is None where there is none to trust."""
 
     item: int
+    begun: bool  # `tokens` has its prompt; if not, they are a chat's of before
     prompt_length: int
     tokens: tuple[int, ...]
     reply: str
@@ -42,7 +43,7 @@ class SavedThread:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `save` writes. `replies` are those of finished items, by number."""
+    """What `save` writes. `replies` are of finished items, by number; `turns` is what a chat's user said."""
 
     spec: ProcessSpec
     model_digest: str
@@ -50,6 +51,11 @@ class Checkpoint:
     threads: tuple[SavedThread, ...]
     prompt_tokens: int
     output_tokens: int
+    turns: tuple[str, ...] = ()
+
+    @property
+    def items(self) -> int:
+        return self.spec.items + len(self.turns)
 
 
 def model_digest(path: Path) -> str:
@@ -122,8 +128,10 @@ def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
         "model_digest": checkpoint.model_digest,
         "replies": list(checkpoint.replies.items()),
         "threads": [
-            [t.item, t.prompt_length, t.tokens, t.reply, len(t.kv or b"")] for t in checkpoint.threads
+            [t.item, t.begun, t.prompt_length, t.tokens, t.reply, len(t.kv or b"")]
+            for t in checkpoint.threads
         ],
+        "turns": checkpoint.turns,
         "counts": [checkpoint.prompt_tokens, checkpoint.output_tokens],
     }
     text = json.dumps(header, ensure_ascii=True).encode()
@@ -164,6 +172,7 @@ def _checkpoint(header: dict[str, Any], kv: bytes, ours: bool) -> Checkpoint:
         threads=tuple(_threads(header["threads"], kv, ours)),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        turns=tuple(header["turns"]),
     )
     check(checkpoint)
     return checkpoint
@@ -171,21 +180,23 @@ def _checkpoint(header: dict[str, Any], kv: bytes, ours: bool) -> Checkpoint:
 
 def _threads(rows: list[Any], kv: bytes, ours: bool) -> Iterator[SavedThread]:
     begin = 0
-    for item, prompt_length, tokens, reply, kv_bytes in rows:
+    for item, begun, prompt_length, tokens, reply, kv_bytes in rows:
         if type(kv_bytes) is not int or not 0 <= kv_bytes <= len(kv) - begin:
             raise ValueError("KV state out of bounds")
         state = kv[begin : begin + kv_bytes] if ours and kv_bytes else None
         begin += kv_bytes
-        yield SavedThread(item, prompt_length, tuple(tokens), reply, state)
+        yield SavedThread(item, begun, prompt_length, tuple(tokens), reply, state)
 
 
 def check(checkpoint: Checkpoint) -> None:
     """Raises TypeError, ValueError for what no process can have been."""
     threads, replies = checkpoint.threads, checkpoint.replies
-    texts = (*replies.values(), *(t.reply for t in threads), checkpoint.model_digest)
+    texts = (*checkpoint.turns, *replies.values(), *(t.reply for t in threads), checkpoint.model_digest)
     numbers = [checkpoint.prompt_tokens, checkpoint.output_tokens, *replies]
     for thread in threads:
         numbers += [thread.item, thread.prompt_length, *thread.tokens]
+        if type(thread.begun) is not bool:
+            raise TypeError("begun")
         if not 0 <= thread.prompt_length <= len(thread.tokens):
             raise ValueError("prompt longer than the sequence")
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
@@ -193,5 +204,8 @@ def check(checkpoint: Checkpoint) -> None:
     items = [*replies, *(thread.item for thread in threads)]
     if len(threads) > checkpoint.spec.threads:
         raise ValueError("more threads than it was given")
-    if len(set(items)) < len(items) or not all(0 <= item < checkpoint.spec.items for item in items):
+    if checkpoint.turns and checkpoint.spec.program != "chat":
+        raise ValueError("turns of what is no chat")
+    last = checkpoint.items - (checkpoint.spec.program != "chat")  # an idle chat is at its next one
+    if len(set(items)) < len(items) or not all(0 <= item <= last for item in items):
         raise ValueError("items that there are not")

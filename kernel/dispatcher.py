@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
-from kernel.device import DeviceInfo, Opened, Prompt, QuantumEnd, SequenceStep, StepEvent
+from kernel.device import DeviceInfo, Prompt, QuantumEnd, SequenceStep, StepEvent
 from kernel.errors import (
     AdmissionRefused,
     CheckpointInvalid,
@@ -230,7 +230,11 @@ class Dispatcher:
         """Begin, or take up again, a thread's item on its seat, a `fresh` one or the one it had."""
         while (seat := self._seat_of(model, thread)) is not None:
             try:
-                opened_tokens, computed = self._open_sequence(model, thread, seat)
+                if fresh and thread.tokens:
+                    thread.computed = self._reopen(model, thread, seat)
+                    fresh = False
+                if not thread.begun:
+                    self._begin_item(model, thread, seat)
                 break
             except WorkerDied:
                 self._suspect(thread)
@@ -244,13 +248,44 @@ class Dispatcher:
         else:
             return
         with self.table.lock:
-            thread.computed, thread.known = computed, 1
-            if not thread.tokens:
-                thread.begin(Opened(opened_tokens, computed))
+            thread.known = 1
             if thread in model.queue:
                 model.queue.seat(thread, True)
                 thread.process.state, thread.process.waits_for = State.RUNNABLE, ""
         self._queue_ahead(model, thread)
+
+    def _begin_item(self, model: Model, thread: Thread, seat: int) -> None:
+        """Open its prompt, in a fresh context, or as the next turn of what is on the seat."""
+        host, process, item = model.open_host(), thread.process, thread.items[0]
+        turn = bool(thread.tokens)
+        if turn:
+            opened = host.feed(seat, process.prompt(item))
+        else:
+            opened = host.open(seat, process.prompt(item), process.sampling(item))
+        with self.table.lock:
+            thread.begin(opened)
+            if not turn:
+                thread.computed = opened.shared_tokens
+
+    def _reopen(self, model: Model, thread: Thread, seat: int) -> int:
+        """Put a thread's history on a seat; returns how many of its tokens have their KV already."""
+        host, process = model.open_host(), thread.process
+        sampling = process.sampling(thread.items[0])
+        prompt = Prompt(
+            tokens=tuple(thread.tokens),
+            prompt_tokens=thread.prompt_length,
+            max_tokens=process.spec.max_tokens,
+        )
+        kv = thread.kv.read() if thread.kv is not None else None
+        if kv is not None:
+            try:
+                restored = host.restore(seat, prompt, sampling, kv)
+                thread.drop_kv()
+                return restored.shared_tokens
+            except CheckpointInvalid:
+                pass  # of another build or model: compute it again from the tokens
+        thread.drop_kv()
+        return host.open(seat, prompt, sampling).shared_tokens
 
     def _seat_of(self, model: Model, thread: Thread) -> int | None:
         """Where a thread is to answer its next item; None if it was killed, or there is no item left."""
@@ -275,6 +310,8 @@ class Dispatcher:
     def _queue_ahead(self, model: Model, thread: Thread) -> None:
         """Let the engine know the job's next prompts, so that it need not wait for us between two."""
         process = thread.process
+        if process.is_chat:
+            return  # its turns are not of a fresh context
         with self.table.lock:
             while len(thread.items) <= QUEUE_AHEAD and process.claim(thread, ahead=True):
                 pass
@@ -291,29 +328,6 @@ class Dispatcher:
             with self.table.lock:
                 if thread.process.alive:
                     self.life.ended(thread.process, fault.exit_code, fault)
-
-    def _open_sequence(self, model: Model, thread: Thread, seat: int) -> tuple[tuple[int, ...], int]:
-        """Returns the tokens of a new prompt and how many of the tokens have their KV already."""
-        host, process = model.open_host(), thread.process
-        sampling = process.sampling(thread.items[0])
-        if not thread.tokens:
-            opened = host.open(seat, process.prompt(thread.items[0]), sampling)
-            return opened.tokens, opened.shared_tokens
-        prompt = Prompt(
-            tokens=tuple(thread.tokens),
-            prompt_tokens=thread.prompt_length,
-            max_tokens=process.spec.max_tokens,
-        )
-        kv = thread.kv.read() if thread.kv is not None else None
-        if kv is not None:
-            try:
-                restored = host.restore(seat, prompt, sampling, kv)
-                thread.drop_kv()
-                return (), restored.shared_tokens
-            except CheckpointInvalid:
-                pass  # of another build or model: compute it again from the tokens
-        thread.drop_kv()
-        return (), host.open(seat, prompt, sampling).shared_tokens
 
     # Quanta
 
@@ -383,6 +397,7 @@ class Dispatcher:
                     continue  # killed meanwhile: it gets nothing after the acknowledgement
                 if step.opened is not None:
                     thread.begin(step.opened)
+                    thread.computed = step.opened.shared_tokens
                     continue
                 self._book(flight, thread, step, used)
                 thread.process.device_s += event.step_s * used / total
@@ -449,13 +464,44 @@ class Dispatcher:
                 return False
             process.finish_item(thread, error)
             thread.known = max(0, thread.known - 1)
-            if process.items_done == process.spec.items:
+            if process.is_over:
                 self._exit(process)
                 return False
-            thread.restart()
+            if process.is_idle:
+                self._fall_asleep(model, thread)
+                return False
+            if not process.is_chat:
+                thread.restart()
             if not thread.items and not process.claim(thread):
                 self._retire(model, thread)
             return thread.seat is not None
+
+    def _fall_asleep(self, model: Model, thread: Thread) -> None:
+        """A chat waits for its user; its KV stays on its seat for as long as nobody needs it."""
+        self.scheduler.sleep(thread, model)
+        thread.process.state = State.SLEEPING
+        self.life.touched(thread.process)
+        self.table.changed.notify_all()
+
+    def take_turn(self, model: Model, thread: Thread) -> None:
+        """A chat's user has spoken, or its reply is cut short: go on. On the dispatcher's thread."""
+        process = thread.process
+        with self.table.lock:
+            if process.state is not State.SLEEPING or process.is_idle:
+                return
+            process.state = State.RUNNABLE if model.host else State.NEW
+        if thread.seat is not None:
+            self._open(model, thread)
+        with self.table.lock:
+            if process.state in (State.RUNNABLE, State.NEW) and thread not in model.queue:
+                self.scheduler.wake(thread, model)
+                self.wake_up()
+
+    def cut(self, model: Model, thread: Thread) -> None:
+        """End a chat's reply here. On the dispatcher's thread."""
+        self.drain()
+        if thread.process.alive and thread.begun and self._next_item(model, thread, None):
+            self._open(model, thread)
 
     def _retire(self, model: Model, thread: Thread) -> None:
         """Nothing is left for a thread; the others of its process have its part of the weight."""
@@ -468,7 +514,7 @@ class Dispatcher:
 
     def _exit(self, process: Process) -> None:
         error, failed = process.error, process.items_failed
-        total = process.spec.items
+        total = process.items
         if error is not None and total > 1:
             error = type(error)(f"{failed} of {total} prompts failed; the first: {error.message}", error.hint)
         self.life.ended(process, error.exit_code if error else 0, error)

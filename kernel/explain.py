@@ -17,6 +17,8 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
             f"`cont {process.pid}` lets it go on where it was.",
             *_share(process, model),
         )
+    if process.state is State.SLEEPING:
+        return ("It waits for its user to speak.", *_share(process, model))
     if model is not None and held_out(process, model):
         return ("It was swapped out by hand.", f"`swapin {process.pid}` lets it go on where it was.")
     if model is None or model.host is None:
@@ -40,7 +42,7 @@ def _ended(process: Process) -> tuple[str, ...]:
         return tuple(filter(None, (f"It failed (exit code {code}) {what}: {error.message}.", error.hint)))
     if code and code > 128:
         return (f"It was ended by the signal {Signal(code - 128).name} (exit code {code}) {what}.",)
-    return (f"It ended by itself {what}: {process.items_done} of {process.spec.items} prompts answered.",)
+    return (f"It ended by itself {what}: {process.items_done} of {process.items} prompts answered.",)
 
 
 def _loading(process: Process, model: Model | None) -> str:

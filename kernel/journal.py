@@ -27,16 +27,17 @@ from kernel.process import Process, Thread, spec_from
 
 GROUP_COMMIT_S = 0.1
 
-_TABLES = ("process", "reply", "progress")
+_TABLES = ("process", "turn", "reply", "progress")
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS process (
     pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER,
     prompt_tokens INTEGER, output_tokens INTEGER);
+CREATE TABLE IF NOT EXISTS turn (pid INTEGER, number INTEGER, text TEXT, PRIMARY KEY (pid, number));
 CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
 CREATE TABLE IF NOT EXISTS progress (
-    pid INTEGER, thread INTEGER, item INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
+    pid INTEGER, thread INTEGER, item INTEGER, begun INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
     PRIMARY KEY (pid, thread));
 """
 
@@ -58,7 +59,8 @@ class _Row:
 
     pid: int
     replies: tuple[tuple[int, str], ...]  # (item, text)
-    threads: tuple[tuple[int, int, int, bytes, str], ...]  # as the columns of `progress`
+    turns: tuple[str, ...]
+    threads: tuple[tuple[int, int, bool, int, bytes, str], ...]  # as the columns of `progress`
     prompt_tokens: int
     output_tokens: int
     nice: int
@@ -160,7 +162,8 @@ class Journal:
         return _Row(
             pid=process.pid,
             replies=replies,
-            threads=tuple(_columns(thread) for thread in process.threads if thread.items),
+            turns=tuple(process.turns or ()),
+            threads=tuple(_columns(thread) for thread in process.threads if thread.items or thread.tokens),
             prompt_tokens=process.prompt_tokens,
             output_tokens=process.output_tokens,
             nice=process.nice,
@@ -180,18 +183,20 @@ class Journal:
             run(_UPDATE, (row.nice, row.exit_code, *counts, row.pid))
             for item, text in row.replies:
                 run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
+            for number, text in enumerate(row.turns):
+                run("INSERT OR IGNORE INTO turn VALUES (?, ?, ?)", (row.pid, number, _bytes(text)))
             for *thread, text in row.threads:
                 progress = (row.pid, *thread, _bytes(str(text)))
-                run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?)", progress)
+                run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?)", progress)
         run("COMMIT")
 
 
 _UPDATE = "UPDATE process SET nice = ?, exit_code = ?, prompt_tokens = ?, output_tokens = ? WHERE pid = ?"
 
 
-def _columns(thread: Thread) -> tuple[int, int, int, bytes, str]:
+def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
     tokens = array("i", thread.tokens).tobytes()
-    return thread.index, thread.items[0], thread.prompt_length, tokens, "".join(thread.reply)
+    return thread.index, thread.item, thread.begun, thread.prompt_length, tokens, "".join(thread.reply)
 
 
 def dead_journals(folder: Path) -> list[Path]:
@@ -216,7 +221,8 @@ def read(file: Path) -> list[Orphan]:
 _PROCESSES = (
     "SELECT pid, nice, exit_code, spec, digest, prompt_tokens, output_tokens FROM process ORDER BY pid"
 )
-_PROGRESS = "SELECT item, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
+_TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
+_PROGRESS = "SELECT item, begun, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
 
 
 def _orphan(
@@ -237,12 +243,13 @@ def _orphan(
         model_digest=digest,
         replies=finished,
         threads=tuple(
-            SavedThread(item, prompt_length, tuple(array("i", tokens)), _text(text))
-            for item, prompt_length, tokens, text in database.execute(_PROGRESS, (pid,))
+            SavedThread(item, bool(begun), prompt_length, tuple(array("i", tokens)), _text(text))
+            for item, begun, prompt_length, tokens, text in database.execute(_PROGRESS, (pid,))
             if item not in finished
         ),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
+        turns=tuple(_text(text) for (text,) in database.execute(_TURNS, (pid,))),
     )
     check(state)
     return Orphan(file, pid, nice, exit_code, state)

@@ -17,7 +17,7 @@ from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
-from kernel.errors import AdmissionRefused, KernelFault, LlmosError, UsageError, WorkerDied
+from kernel.errors import AdmissionRefused, KernelFault, LlmosError, NotPermitted, UsageError, WorkerDied
 from kernel.explain import held_out
 from kernel.memory import MemoryLedger, Pool
 from kernel.message import Message
@@ -190,12 +190,10 @@ class Kernel:
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down
                 return
-            if exit_code is not None or process.items_done == process.spec.items:
+            if exit_code is not None or process.is_over:
                 self.ended(process, exit_code or 0)
                 return
-            if model.state is ModelState.LOADED:
-                process.state = State.RUNNABLE
-            self._wake(process, model)
+            self._resume(process, model)
             self.touched(process)
             self.publish("process", pid=process.pid, state=process.state.value)
 
@@ -238,16 +236,62 @@ class Kernel:
             self._resume(process, self.models[process.model])
 
     def _resume(self, process: Process, model: Model) -> None:
-        process.state = State.RUNNABLE if model.host else State.NEW
-        self._wake(process, model)
+        """Let it run, from wherever it is."""
+        if process.is_chat:
+            process.state = State.SLEEPING
+            self._take_turn(process, model)
+        else:
+            process.state = State.RUNNABLE if model.host else State.NEW
+            self._wake(process, model)
         self._changed(process)
+
+    def _take_turn(self, process: Process, model: Model) -> None:
+        """A chat's engine has to hear of the turn before it may run."""
+        dispatcher, thread = self.dispatchers[model.device.name], process.threads[0]
+        dispatcher.submit(lambda: dispatcher.take_turn(model, thread))
+
+    # Chats
+
+    def _chat(self, pid: int) -> Process:
+        process = self.table.alive(pid)
+        if not process.is_chat:
+            raise NotPermitted(f"process {pid} is not a chat")
+        return process
+
+    def say(self, pid: int, text: str) -> int:
+        if not text.strip():
+            raise UsageError("there is nothing in what was said")
+        with self.table.lock:
+            process = self._chat(pid)
+            if process.hung_up:
+                raise NotPermitted(f"process {pid} has been told that nothing more will be said")
+            process.turns = process.turns or []
+            process.turns.append(text)
+            if process.state is State.SLEEPING:
+                self._take_turn(process, self.models[process.model])
+            self.touched(process)
+            return process.items - 1
+
+    def hang_up(self, pid: int) -> None:
+        with self.table.lock:
+            process = self._chat(pid)
+            process.hung_up = True
+            if process.is_over:
+                self.ended(process, 0)
+
+    def cut(self, pid: int) -> None:
+        with self.table.lock:
+            process = self._chat(pid)
+            model, thread = self.models[process.model], process.threads[0]
+        dispatcher = self.dispatchers[model.device.name]
+        self.on_dispatcher(model, lambda: dispatcher.cut(model, thread))
 
     def swap_out(self, pid: int) -> int:
         with self.table.lock:
             process = self.table.alive(pid)
             model = self.models[process.model]
             dispatcher = self.dispatchers[model.device.name]
-            if process.state is not State.STOPPED:
+            if process.state not in (State.STOPPED, State.SLEEPING):
                 for thread in process.threads:
                     dispatcher.scheduler.sleep(thread, model)
                 process.state = State.SWAPPED

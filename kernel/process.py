@@ -52,11 +52,14 @@ class ProcessSpec:
     `prompts` are answered each from a fresh context, `threads` of them at a time, and each of them
     `samples` times, with one seed after another; the output is in order. With `lines`, each reply is
     one line of output (line breaks inside it become spaces). With `raw`, the chat template is not applied.
+    `system` is said before every prompt, in the model's own way.
+    Program "chat": the prompts, and then what the user says, are turns of one conversation.
     """
 
     model: str
     prompts: tuple[str, ...]
     program: str = "generate"
+    system: str = ""
     lines: bool = False
     raw: bool = False
     sampling: Sampling = field(default_factory=Sampling)
@@ -84,10 +87,13 @@ def check_nice(nice: int) -> None:
 def check_spec(spec: ProcessSpec) -> None:
     """Raises UsageError."""
     check_nice(spec.nice)
-    if spec.program != "generate":
+    if spec.program not in ("generate", "chat"):
         raise UsageError(f"no program {spec.program}")
-    if not spec.prompts or not all(prompt.strip() for prompt in spec.prompts):
+    chat = spec.program == "chat"
+    if not (spec.prompts or chat) or not all(prompt.strip() for prompt in spec.prompts):
         raise UsageError("the prompt is empty", "give words, -f FILE, or standard input")
+    if chat and (spec.threads > 1 or spec.samples > 1 or spec.raw or spec.lines):
+        raise UsageError("a chat has one thread, one reply to each turn, and the model's chat template")
     sampling = spec.sampling
     for name, value, least, most in (
         ("temperature", sampling.temperature, 0.0, 100.0),
@@ -157,6 +163,7 @@ class Thread:
         default_factory=list, repr=False
     )  # claimed: the one being answered, the next ones
     known: int = 0  # how many of its items the engine knows, the one being answered included
+    begun: bool = False  # whether `tokens` has the prompt of its item
     reply: list[str] = field(default_factory=list, repr=False)  # pieces of it so far
     seat: int | None = None  # its seat in the engine's KV cache
     tokens: list[int] = field(default_factory=list, repr=False)  # prompt, then output
@@ -166,6 +173,11 @@ class Thread:
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
     deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
+
+    @property
+    def item(self) -> int:
+        """The item it answers, or, of an idle chat, the next one."""
+        return self.items[0] if self.items else self.process.item
 
     @property
     def weight(self) -> float:
@@ -185,7 +197,7 @@ class Thread:
     def begin(self, opened: Opened) -> None:
         """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
         self.tokens.extend(opened.tokens)
-        self.prompt_length, self.computed = len(opened.tokens), opened.shared_tokens
+        self.prompt_length, self.begun = len(self.tokens), True
         self.process.prompt_tokens += len(opened.tokens)
         self.process.shared_tokens += opened.shared_tokens
 
@@ -234,11 +246,32 @@ class Process:
     items_failed: int = 0
     reaped: bool = False
     unclaimed: int = 0  # no item below it is waiting for a thread
+    turns: list[str] | None = field(default=None, repr=False)  # of a chat, after `spec.prompts`
+    hung_up: bool = False  # nothing more will be said
 
     @property
     def item(self) -> int:
         """The first item that is not finished; its reply goes to the output as it comes."""
         return len(self.replies)
+
+    @property
+    def is_chat(self) -> bool:
+        return self.spec.program == "chat"
+
+    @property
+    def items(self) -> int:
+        """Replies to give, as far as is known."""
+        return self.spec.items + len(self.turns or ())
+
+    @property
+    def is_over(self) -> bool:
+        """All is answered, and nothing more will be asked."""
+        return self.items_done == self.items and (self.hung_up or not self.is_chat)
+
+    @property
+    def is_idle(self) -> bool:
+        """A chat that waits for its user."""
+        return self.items_done == self.items and not self.is_over
 
     @property
     def items_done(self) -> int:
@@ -248,12 +281,21 @@ class Process:
     def alive(self) -> bool:
         return self.state is not State.ZOMBIE
 
+    def asked(self, item: int) -> str:
+        """What an item is to answer."""
+        spec = self.spec
+        return (
+            spec.prompts[item // spec.samples] if item < spec.items else (self.turns or ())[item - spec.items]
+        )
+
     def prompt(self, item: int) -> Prompt:
-        """What an item is to answer, as the engine wants it."""
-        text, limit = self.spec.prompts[item // self.spec.samples], self.spec.max_tokens
-        if self.spec.raw:
+        """The same as the engine wants it."""
+        spec, limit, text = self.spec, self.spec.max_tokens, self.asked(item)
+        if spec.raw:
             return Prompt(text=text, max_tokens=limit)
-        return Prompt(messages=(("user", text),), max_tokens=limit)
+        opens = spec.system and not (self.is_chat and item)
+        system = (("system", spec.system),) if opens else ()
+        return Prompt(messages=(*system, ("user", text)), max_tokens=limit)
 
     def sampling(self, item: int) -> Sampling:
         """How its tokens are drawn."""
@@ -269,7 +311,7 @@ class Process:
         taken = {item for each in self.threads for item in each.items} | set(self.early or ())
         while self.unclaimed in taken or self.unclaimed < self.item:
             self.unclaimed += 1
-        if self.unclaimed + (len(self.threads) - 1 if ahead else 0) >= self.spec.items:
+        if self.unclaimed + (len(self.threads) - 1 if ahead else 0) >= self.items:
             return False
         thread.items.append(self.unclaimed)
         self.unclaimed += 1
@@ -285,6 +327,7 @@ class Process:
         """A thread's item is answered, or could not be; a job of many goes on after a bad one."""
         item, text = thread.items.pop(0), "".join(thread.reply)
         thread.reply.clear()
+        thread.begun = False
         if error is not None:
             self.items_failed += 1
             self.error = self.error or error
@@ -302,7 +345,7 @@ class Process:
 
     def _close(self, reply: str) -> None:
         self.replies.append(reply)
-        if self.spec.lines:
+        if self.spec.lines or self.is_chat:
             self.stdout.write("\n")
         elif self.spec.samples > 1:
             self.stdout.write("\n" if self.item == self.spec.items else "\n\n")
@@ -342,7 +385,9 @@ class ProcessTable:
         now_s = clock.now_s()
         rate = Rate(self.config.rate_window_s, now_s)
         process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s(), rate)
-        process.threads.extend(Thread(process, index) for index in range(min(spec.threads, spec.items)))
+        process.threads.extend(
+            Thread(process, index) for index in range(min(spec.threads, max(1, spec.items)))
+        )
         process.open_item()
         self._next_pid += 1
         self._rows[process.pid] = process
@@ -382,4 +427,4 @@ class ProcessTable:
             claimed = [item for thread in process.threads for item in thread.items]
             finished = set(range(process.item)) | set(process.early or ())
             assert len(set(claimed)) == len(claimed) and finished.isdisjoint(claimed), process
-            assert process.items_done <= process.spec.items, process
+            assert process.items_done <= process.items, process

@@ -70,6 +70,7 @@ class Recovery:
     def _fill(process: Process, saved: "Checkpoint") -> None:
         """Give a fresh row the progress that was saved. With the table's lock held."""
         process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
+        process.turns = list(saved.turns) or None
         replies = dict(saved.replies)
         while process.item in replies:
             process.recall(replies.pop(process.item))
@@ -77,10 +78,11 @@ class Recovery:
         while len(process.threads) < len(saved.threads):
             process.threads.append(Thread(process, len(process.threads)))
         for thread, state in zip(process.threads, saved.threads, strict=False):
-            thread.items.append(state.item)
             thread.tokens.extend(state.tokens)
-            thread.prompt_length = state.prompt_length
-            process.say(thread, state.reply)
+            thread.prompt_length, thread.begun = state.prompt_length, state.begun
+            if state.item < process.items:
+                thread.items.append(state.item)
+                process.say(thread, state.reply)
 
     def write_down(self, process: Process, model: Model) -> None:
         """Opens this boot's journal with its first process: a session that runs nothing needs none."""
@@ -170,17 +172,19 @@ class Recovery:
                 replies={**dict(enumerate(process.replies)), **(process.early or {})},
                 threads=tuple(
                     checkpoint.SavedThread(
-                        item=thread.items[0],
+                        item=thread.item,
+                        begun=thread.begun,
                         prompt_length=thread.prompt_length,
                         tokens=tuple(thread.tokens),
                         reply="".join(thread.reply),
                         kv=kv,
                     )
                     for thread, kv in states
-                    if thread.items
+                    if thread.items or thread.tokens
                 ),
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,
+                turns=tuple(process.turns or ()),
             )
 
     @staticmethod

@@ -63,6 +63,21 @@ class Syscalls:
         """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
         return self._kernel.renice(pid, nice)
 
+    def say(self, pid: int, text: str) -> int:
+        """The next turn of a chat; returns the number of its reply, as `items` counts. It may be answering still.
+
+        Raises ProcessNotFound, NotPermitted (no chat, ended, or hung up), UsageError (empty).
+        """
+        return self._kernel.say(pid, text)
+
+    def cut(self, pid: int) -> None:
+        """End the reply that a chat is giving, and keep what there is of it. Raises as `say`."""
+        self._kernel.cut(pid)
+
+    def hang_up(self, pid: int) -> None:
+        """Nothing more will be said to a chat: it ends when all is answered. Raises as `say`."""
+        self._kernel.hang_up(pid)
+
     def swap_out(self, pid: int) -> int:
         """Move a process's KV out of its engine, and keep it there until `swap_in`; returns the bytes moved.
 
@@ -137,8 +152,7 @@ class Syscalls:
         """The prompts answered so far, each with its reply. Raises ProcessNotFound."""
         with self._table.lock:
             process = self._table.get(pid)
-            samples = process.spec.samples
-            asked = (process.spec.prompts[item // samples] for item in range(process.item))
+            asked = map(process.asked, range(process.item))
             return tuple(zip(asked, process.replies, strict=True))
 
     def save(self, pid: int, path: Path) -> int:

@@ -41,7 +41,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         elapsed_s=elapsed_s,
         first_token_s=process.first_token_s,
         items_done=process.items_done,
-        items_total=process.spec.items,
+        items_total=process.items,
         share_due=due,
         share_received=process.share_received,
         waits_for=_waits_for(process, model),
@@ -92,6 +92,8 @@ def _kv_bytes(process: Process, bytes_per_token: int) -> int:
 def _waits_for(process: Process, model: Model | None) -> str:
     if process.state is State.STOPPED:
         return "a CONT signal"
+    if process.state is State.SLEEPING:
+        return "its user"
     if process.state is State.ZOMBIE or model is None:
         return ""
     if held_out(process, model):

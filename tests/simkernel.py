@@ -49,6 +49,7 @@ class SimSystem:
         config: KernelConfig | None = None,
         swap: Path | None = None,
         ram_bytes: int = 64 << 30,
+        journal: Path | None = None,
     ) -> None:
         self.models = dict(models or {"m": SimModel(mean_tokens=0)})
         self.clock = ManualClock()
@@ -64,6 +65,7 @@ class SimSystem:
                 threaded=False,
                 swap=swap,
                 ram_bytes=ram_bytes,
+                journal=journal,
             )
         )
         self.system = Syscalls(self.kernel)

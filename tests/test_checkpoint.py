@@ -28,9 +28,9 @@ SPEC = ProcessSpec(
     samples=2,
 )
 THREADS = (
-    SavedThread(1, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500),
-    SavedThread(3, 2, (5, 6), "", None),
-    SavedThread(4, 0, (), "", b"\x02" * 70),
+    SavedThread(1, True, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500),
+    SavedThread(3, True, 2, (5, 6), "", None),
+    SavedThread(4, False, 0, (), "", b"\x02" * 70),
 )
 STATE = Checkpoint(SPEC, "digest", {0: "reply", 2: "early"}, THREADS, 10, 20)
 
@@ -56,7 +56,7 @@ def test_round_trip(tmp_path: Path) -> None:
 )
 def test_any_state_round_trips(prompts: list[str], tokens: list[int], kv: bytes | None, reply: str) -> None:
     spec = replace(SPEC, prompts=tuple(prompts))
-    thread = SavedThread(0, len(tokens), tuple(tokens), reply, kv)
+    thread = SavedThread(0, True, len(tokens), tuple(tokens), reply, kv)
     state = replace(STATE, spec=spec, replies={1: reply}, threads=(thread,))
     assert decode(encode(state, KEY), KEY) == state
 
@@ -88,13 +88,15 @@ def test_of_two_thousand_damaged_files_none_is_accepted_that_differs() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"threads": [[1, 0, ["x"], "", 0]]},
-        {"threads": [[1, 9, [5], "", 0]]},
-        {"threads": [[1, 0, [5], None, 0]]},
-        {"threads": [[1, 0, [5], "", 1]]},
-        {"threads": [[0, 0, [5], "", 0]]},
-        {"threads": [[n, 0, [], "", 0] for n in (1, 3, 4, 5)]},
+        {"threads": [[1, True, 0, ["x"], "", 0]]},
+        {"threads": [[1, True, 9, [5], "", 0]]},
+        {"threads": [[1, True, 0, [5], None, 0]]},
+        {"threads": [[1, True, 0, [5], "", 1]]},
+        {"threads": [[0, True, 0, [5], "", 0]]},
+        {"threads": [[n, True, 0, [], "", 0] for n in (1, 3, 4, 5)]},
+        {"threads": [[1, 1, 0, [5], "", 0]]},
         {"threads": 3},
+        {"turns": ["a job has none"]},
         {"replies": [[6, "there are but six"]]},
         {"replies": [["0", "text"]]},
         {"spec": {"model": 3}},

@@ -24,7 +24,7 @@ _COLUMNS: list[Column[Orphan]] = [
 
 
 def _items(orphan: Orphan) -> str:
-    return f"{len(orphan.state.replies)}/{orphan.state.spec.items}"
+    return f"{len(orphan.state.replies)}/{orphan.state.items}"
 
 
 def _arguments(parser: Arguments) -> None:
