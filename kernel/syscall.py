@@ -64,7 +64,7 @@ class Syscalls:
         return self._kernel.renice(pid, nice)
 
     def say(self, pid: int, text: str) -> int:
-        """The next turn of a chat; returns the number of its reply, as `items` counts. It may be answering still.
+        """The next turn of a chat, which may still be answering; returns the number its reply has in `items`.
 
         Raises ProcessNotFound, NotPermitted (no chat, ended, or hung up), UsageError (empty).
         """
