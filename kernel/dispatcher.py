@@ -219,9 +219,9 @@ class Dispatcher:
     def _victim(model: Model, waiting: Thread) -> Thread | None:
         """A seated thread that should make room: an idle one, or one that the policy says."""
         seated = [t for t in model.seats if t is not None]
-        for thread in seated:
-            if thread not in model.queue:
-                return thread
+        idle = [t for t in seated if t not in model.queue]
+        if idle:
+            return min(idle, key=lambda t: t.process.state is not State.STOPPED)  # before those who sleep
         if not seated or model.draining:  # a seat is about to be free
             return None
         return model.queue.victim(waiting, seated)

@@ -6,7 +6,7 @@ Not here: the measurements (plugins.benchmarks), what they have shown (docs/perf
 
 import argparse
 
-from plugins.benchmarks import boot, idle, kill, simulated, throughput
+from plugins.benchmarks import boot, idle, kill, restore, simulated, throughput
 from shell.help import command_help
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
@@ -16,6 +16,7 @@ _SPECS = (
     kill.SPEC,
     boot.SPEC,
     idle.SPEC,
+    restore.SPEC,
     simulated.FAIRNESS,
     simulated.LATENCY,
     simulated.SCALE,

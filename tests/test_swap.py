@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from drivers.simmodel import SimModel
-from kernel.process import Signal
+from kernel.process import ProcessSpec, Signal
 from tests.simkernel import SimSystem
 
 CHATS = 12
@@ -106,3 +106,25 @@ def test_killed_while_it_is_swapped_out_it_leaves_nothing() -> None:
     sim.system.swap_out(pid)
     sim.system.signal(pid, Signal.KILL)
     assert not [claim for claim in claims(sim) if claim.owner.startswith("process")]
+
+
+def test_the_stopped_give_way_before_the_sleeping_and_these_before_the_running() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=30, sequences=3)})
+    sleeping = sim.system.spawn(ProcessSpec("m", ("hello",), program="chat"))
+    sim.kernel.pump()
+    running = sim.spawn("a", max_tokens=100_000)
+    stopped = sim.spawn("b", max_tokens=4000)
+    sim.run_until(80)
+    sim.system.signal(stopped, Signal.STOP)
+    seats = sim.kernel.models["m"].seats
+
+    def seated() -> set[int]:
+        return {thread.process.pid for thread in seats if thread is not None}
+
+    assert seated() == {sleeping, running, stopped}
+    first = sim.spawn("c", max_tokens=4000)
+    sim.dispatcher.advance()
+    assert seated() == {sleeping, running, first}
+    second = sim.spawn("d", max_tokens=4000)
+    sim.dispatcher.advance()
+    assert seated() == {running, first, second}
