@@ -18,6 +18,6 @@ def test_every_size_is_prefilled_restored_and_swapped(model: Path) -> None:
     told: list[str] = []
     small, large = restore.measure(model, (64, 512), 1, told.append)
     assert (small.prompt_tokens, large.prompt_tokens) == (64, 512)
-    assert large.file_bytes > 6 * small.file_bytes, "a file without KV state"
+    assert large.file_bytes > 3 * small.file_bytes, "a file without KV state"
     assert min(large.prefill_s.least, large.restore_s.least, large.swap_s.least, large.save_s.least) > 0.0
     assert len(told) == 3
