@@ -25,7 +25,7 @@ from kernel.errors import (
 )
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.models import Model
-from kernel.monitor import DeviceMeter
+from kernel.monitor import DeviceMeter, Rate
 from kernel.process import Process, ProcessTable, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 from kernel.swap import SwapSpace
@@ -426,12 +426,12 @@ class Dispatcher:
         # A drawn token's own KV is computed in the step after; the step before's in this one.
         thread.computed = min(thread.computed + tokens, len(thread.tokens) - (step.token is None))
 
-    @staticmethod
-    def _emit(process: Process, thread: Thread, step: SequenceStep, now_s: float) -> None:
+    def _emit(self, process: Process, thread: Thread, step: SequenceStep, now_s: float) -> None:
         assert step.token is not None
-        thread.tokens.append(step.token)
-        thread.computed = len(thread.tokens) - 1
+        thread.draw(step.token)
         process.output_tokens += 1
+        if process.rate is None:
+            process.rate = Rate(self.config.rate_window_s, now_s)
         process.rate.count(1, now_s)
         if process.first_token_s is None:
             process.first_token_s = now_s - process.started_s
@@ -508,7 +508,7 @@ class Dispatcher:
         process = thread.process
         self.scheduler.sleep(thread, model)
         model.vacate(thread, self.last_quantum if self.flights else 0)
-        process.threads.remove(thread)
+        process.threads = tuple(each for each in process.threads if each is not thread)
         for other in process.threads:
             self.scheduler.reweight(other, model)
 

@@ -25,7 +25,7 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
         return (_loading(process, model),)
     if all(thread.seat is None for thread in process.threads):
         return (_no_seat(process, model), *_share(process, model))
-    rate = process.rate.per_s(now_s)
+    rate = process.rate.per_s(now_s) if process.rate else 0.0
     return (f"It runs: {rate:.0f} output tokens/s now.", *_share(process, model), *_failures(process))
 
 

@@ -196,7 +196,7 @@ _UPDATE = "UPDATE process SET nice = ?, exit_code = ?, prompt_tokens = ?, output
 
 def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
     tokens = array("i", thread.tokens).tobytes()
-    return thread.index, thread.item, thread.begun, thread.prompt_length, tokens, "".join(thread.reply)
+    return thread.index, thread.item, thread.begun, thread.prompt_length, tokens, thread.reply
 
 
 def dead_journals(folder: Path) -> list[Path]:

@@ -296,7 +296,7 @@ class Kernel:
                     dispatcher.scheduler.sleep(thread, model)
                 process.state = State.SWAPPED
             self._changed(process)
-            threads = tuple(process.threads)
+            threads = process.threads
 
         def move() -> None:
             for thread in threads:

@@ -155,24 +155,30 @@ class Swapped(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """One sequence on one engine: the unit the scheduler runs. It answers its items one after another."""
+    """One sequence on one engine: the unit the scheduler runs. It answers its items one after another.
+
+    A hundred thousand may be queued: what no engine has begun has no lists.
+    """
 
     process: "Process"
     index: int = 0
-    items: list[int] = field(
-        default_factory=list, repr=False
-    )  # claimed: the one being answered, the next ones
+    items: tuple[int, ...] = ()  # claimed: the one being answered, the next ones
     known: int = 0  # how many of its items the engine knows, the one being answered included
     begun: bool = False  # whether `tokens` has the prompt of its item
-    reply: list[str] = field(default_factory=list, repr=False)  # pieces of it so far
+    pieces: list[str] | None = field(default=None, repr=False)  # of the reply so far
     seat: int | None = None  # its seat in the engine's KV cache
-    tokens: list[int] = field(default_factory=list, repr=False)  # prompt, then output
+    tokens: list[int] | tuple[()] = field(default=(), repr=False)  # prompt, then output
     prompt_length: int = 0  # how many of `tokens` are prompt
     computed: int = 0  # tokens whose KV exists
     kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
     deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
+
+    @property
+    def reply(self) -> str:
+        """To the item it answers, so far."""
+        return "".join(self.pieces or ())
 
     @property
     def item(self) -> int:
@@ -196,14 +202,20 @@ class Thread:
 
     def begin(self, opened: Opened) -> None:
         """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
-        self.tokens.extend(opened.tokens)
+        self.tokens = [*self.tokens, *opened.tokens]
         self.prompt_length, self.begun = len(self.tokens), True
         self.process.prompt_tokens += len(opened.tokens)
         self.process.shared_tokens += opened.shared_tokens
 
+    def draw(self, token: int) -> None:
+        """A token has been drawn; its own KV is computed in the step after."""
+        self.tokens = self.tokens or []
+        self.tokens.append(token)
+        self.computed = len(self.tokens) - 1
+
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
-        self.tokens.clear()
+        self.tokens = ()
         self.prompt_length = self.computed = 0
         self.drop_kv()
 
@@ -225,12 +237,11 @@ class Process:
     nice: int
     started_s: float  # the clock's seconds
     started_wall_s: float
-    rate: Rate
     group: Group | None = None
     state: State = State.NEW
-    threads: list[Thread] = field(default_factory=list, repr=False)  # that have something to answer
-    stdout: Stream = field(default_factory=Stream)
-    replies: list[str] = field(default_factory=list, repr=False)  # finished items, in order
+    threads: tuple[Thread, ...] = field(default=(), repr=False)  # that have something to answer
+    rate: Rate | None = None  # of output tokens, from the first one on
+    replies: list[str] | tuple[()] = field(default=(), repr=False)  # finished items, in order
     early: dict[int, str] | None = field(default=None, repr=False)  # finished before one of lower number
     waits_for: str = ""
     prompt_tokens: int = 0
@@ -248,6 +259,16 @@ class Process:
     unclaimed: int = 0  # no item below it is waiting for a thread
     turns: list[str] | None = field(default=None, repr=False)  # of a chat, after `spec.prompts`
     hung_up: bool = False  # nothing more will be said
+    _stdout: Stream | None = field(default=None, repr=False)
+
+    @property
+    def stdout(self) -> Stream:
+        """Made when it is first written to, or read."""
+        if self._stdout is None:
+            self._stdout = Stream()
+            if not self.alive:
+                self._stdout.close()
+        return self._stdout
 
     @property
     def item(self) -> int:
@@ -313,21 +334,21 @@ class Process:
             self.unclaimed += 1
         if self.unclaimed + (len(self.threads) - 1 if ahead else 0) >= self.items:
             return False
-        thread.items.append(self.unclaimed)
+        thread.items += (self.unclaimed,)
         self.unclaimed += 1
         return True
 
     def say(self, thread: Thread, text: str) -> None:
         """A piece of a reply: to the output, if it is the next in order, as the spec wants it."""
-        thread.reply.append(text)
+        thread.pieces = thread.pieces or []
+        thread.pieces.append(text)
         if thread.items[0] == self.item:
             self._print(text)
 
     def finish_item(self, thread: Thread, error: LlmosError | None = None) -> None:
         """A thread's item is answered, or could not be; a job of many goes on after a bad one."""
-        item, text = thread.items.pop(0), "".join(thread.reply)
-        thread.reply.clear()
-        thread.begun = False
+        item, text = thread.items[0], thread.reply
+        thread.items, thread.pieces, thread.begun = thread.items[1:], None, False
         if error is not None:
             self.items_failed += 1
             self.error = self.error or error
@@ -344,6 +365,7 @@ class Process:
         self._close(reply)
 
     def _close(self, reply: str) -> None:
+        self.replies = self.replies or []
         self.replies.append(reply)
         if self.spec.lines or self.is_chat:
             self.stdout.write("\n")
@@ -357,7 +379,7 @@ class Process:
             self.stdout.write(f"==> {self.item + 1} <==\n")
         for thread in self.threads:
             if thread.items and thread.items[0] == self.item:
-                self._print("".join(thread.reply))
+                self._print(thread.reply)
 
     def _print(self, text: str) -> None:
         self.stdout.write(" ".join(text.splitlines()) if self.spec.lines and "\n" in text else text)
@@ -383,11 +405,9 @@ class ProcessTable:
         if len(self._rows) - len(self._reaped) >= self.config.processes_max:
             raise AdmissionRefused(f"the process table is full ({self.config.processes_max} processes)")
         now_s = clock.now_s()
-        rate = Rate(self.config.rate_window_s, now_s)
-        process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s(), rate)
-        process.threads.extend(
-            Thread(process, index) for index in range(min(spec.threads, max(1, spec.items)))
-        )
+        process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s())
+        threads = min(spec.threads, max(1, spec.items))
+        process.threads = tuple(Thread(process, index) for index in range(threads))
         process.open_item()
         self._next_pid += 1
         self._rows[process.pid] = process

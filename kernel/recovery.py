@@ -59,7 +59,7 @@ class Recovery:
             self.kernel.residency.check_wanted(model)
             process = self.kernel.new_process(spec, entry.name, ppid)
             self._fill(process, saved)
-            threads = tuple(process.threads)
+            threads = process.threads
         for thread, state in zip(threads, saved.threads, strict=False):
             if state.kv is not None and process.alive:
                 thread.kv = self.kernel.swap.put(process.pid, thread.index, state.kv)
@@ -75,13 +75,13 @@ class Recovery:
         while process.item in replies:
             process.recall(replies.pop(process.item))
         process.early = replies or None
-        while len(process.threads) < len(saved.threads):
-            process.threads.append(Thread(process, len(process.threads)))
+        missing = range(len(process.threads), len(saved.threads))
+        process.threads += tuple(Thread(process, index) for index in missing)
         for thread, state in zip(process.threads, saved.threads, strict=False):
-            thread.tokens.extend(state.tokens)
+            thread.tokens = list(state.tokens)
             thread.prompt_length, thread.begun = state.prompt_length, state.begun
             if state.item < process.items:
-                thread.items.append(state.item)
+                thread.items = (state.item,)
                 process.say(thread, state.reply)
 
     def write_down(self, process: Process, model: Model) -> None:
@@ -176,7 +176,7 @@ class Recovery:
                         begun=thread.begun,
                         prompt_length=thread.prompt_length,
                         tokens=tuple(thread.tokens),
-                        reply="".join(thread.reply),
+                        reply=thread.reply,
                         kv=kv,
                     )
                     for thread, kv in states

@@ -32,7 +32,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         prompt_tokens=process.prompt_tokens,
         output_tokens=process.output_tokens,
         shared_tokens=process.shared_tokens,
-        tokens_per_s=process.rate.per_s(now_s) if process.alive else average,
+        tokens_per_s=_rate(process, now_s) if process.alive else average,
         context_tokens=process.tokens(),
         context_limit_tokens=engine.context_tokens if engine else 0,
         kv_bytes=_kv_bytes(process, engine.kv_bytes_per_token if engine else 0),
@@ -82,6 +82,10 @@ def disk_view(entry: CatalogEntry) -> ModelView:
         engine=None,
         description=entry.description,
     )
+
+
+def _rate(process: Process, now_s: float) -> float:
+    return process.rate.per_s(now_s) if process.rate else 0.0
 
 
 def _kv_bytes(process: Process, bytes_per_token: int) -> int:
