@@ -52,6 +52,7 @@ class Checkpoint:
     prompt_tokens: int
     output_tokens: int
     turns: tuple[str, ...] = ()
+    hung_up: bool = False  # nothing more will be said to a chat
 
     @property
     def items(self) -> int:
@@ -132,6 +133,7 @@ def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
             for t in checkpoint.threads
         ],
         "turns": checkpoint.turns,
+        "hung_up": checkpoint.hung_up,
         "counts": [checkpoint.prompt_tokens, checkpoint.output_tokens],
     }
     text = json.dumps(header, ensure_ascii=True).encode()
@@ -173,6 +175,7 @@ def _checkpoint(header: dict[str, Any], kv: bytes, ours: bool) -> Checkpoint:
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         turns=tuple(header["turns"]),
+        hung_up=header["hung_up"],
     )
     check(checkpoint)
     return checkpoint
@@ -201,6 +204,8 @@ def check(checkpoint: Checkpoint) -> None:
             raise ValueError("prompt longer than the sequence")
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise TypeError("field of the wrong type")
+    if type(checkpoint.hung_up) is not bool:
+        raise TypeError("hung_up")
     items = [*replies, *(thread.item for thread in threads)]
     if len(threads) > checkpoint.spec.threads:
         raise ValueError("more threads than it was given")

@@ -465,7 +465,7 @@ class Dispatcher:
             process.finish_item(thread, error)
             thread.known = max(0, thread.known - 1)
             if process.is_over:
-                self._exit(process)
+                self.exit(process)
                 return False
             if process.is_idle:
                 self._fall_asleep(model, thread)
@@ -479,7 +479,8 @@ class Dispatcher:
     def _fall_asleep(self, model: Model, thread: Thread) -> None:
         """A chat waits for its user; its KV stays on its seat for as long as nobody needs it."""
         self.scheduler.sleep(thread, model)
-        thread.process.state = State.SLEEPING
+        if thread.process.state is not State.STOPPED:  # its reply was cut while it was stopped
+            thread.process.state = State.SLEEPING
         self.life.touched(thread.process)
         self.table.changed.notify_all()
 
@@ -498,9 +499,13 @@ class Dispatcher:
                 self.wake_up()
 
     def cut(self, model: Model, thread: Thread) -> None:
-        """End a chat's reply here. On the dispatcher's thread."""
+        """End a chat's reply here, or take back a turn that was not begun. On the dispatcher's thread."""
         self.drain()
-        if thread.process.alive and thread.begun and self._next_item(model, thread, None):
+        with self.table.lock:
+            process = thread.process
+            if not process.alive or process.is_idle or not (thread.items or process.claim(thread)):
+                return
+        if self._next_item(model, thread, None):
             self._open(model, thread)
 
     def _retire(self, model: Model, thread: Thread) -> None:
@@ -512,11 +517,15 @@ class Dispatcher:
         for other in process.threads:
             self.scheduler.reweight(other, model)
 
-    def _exit(self, process: Process) -> None:
+    def exit(self, process: Process) -> None:
+        """All is answered: it ends, with what failed. With the table's lock held."""
         error, failed = process.error, process.items_failed
         total = process.items
         if error is not None and total > 1:
-            error = type(error)(f"{failed} of {total} prompts failed; the first: {error.message}", error.hint)
+            which = "last" if process.is_chat else "first"
+            error = type(error)(
+                f"{failed} of {total} prompts failed; the {which}: {error.message}", error.hint
+            )
         self.life.ended(process, error.exit_code if error else 0, error)
 
     def _lost(self, model: Model, error: WorkerDied) -> None:

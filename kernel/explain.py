@@ -18,7 +18,7 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
             *_share(process, model),
         )
     if process.state is State.SLEEPING:
-        return ("It waits for its user to speak.", *_share(process, model))
+        return ("It waits for its user to speak.", *_share(process, model), *_failures(process))
     if model is not None and held_out(process, model):
         return ("It was swapped out by hand.", f"`swapin {process.pid}` lets it go on where it was.")
     if model is None or model.host is None:
@@ -76,4 +76,4 @@ def _share(process: Process, model: Model | None) -> tuple[str, ...]:
 def _failures(process: Process) -> tuple[str, ...]:
     if process.error is None:
         return ()
-    return (f"{process.items_failed} prompts failed so far; the first: {process.error.message}.",)
+    return (f"{process.items_failed} prompts failed so far; one of them: {process.error.message}.",)

@@ -33,7 +33,7 @@ PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS process (
     pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER,
-    prompt_tokens INTEGER, output_tokens INTEGER);
+    prompt_tokens INTEGER, output_tokens INTEGER, hung_up INTEGER);
 CREATE TABLE IF NOT EXISTS turn (pid INTEGER, number INTEGER, text TEXT, PRIMARY KEY (pid, number));
 CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
 CREATE TABLE IF NOT EXISTS progress (
@@ -63,6 +63,7 @@ class _Row:
     threads: tuple[tuple[int, int, bool, int, bytes, str], ...]  # as the columns of `progress`
     prompt_tokens: int
     output_tokens: int
+    hung_up: bool
     nice: int
     exit_code: int | None
     reaped: bool
@@ -98,7 +99,7 @@ class Journal:
             return
         values = (process.pid, process.nice, json.dumps(asdict(process.spec)), digest)
         with self._writing, self._failing():
-            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0)", values)
+            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0, 0)", values)
 
     def mark(self, process: Process) -> None:
         """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
@@ -166,6 +167,7 @@ class Journal:
             threads=tuple(_columns(thread) for thread in process.threads if thread.items or thread.tokens),
             prompt_tokens=process.prompt_tokens,
             output_tokens=process.output_tokens,
+            hung_up=process.hung_up,
             nice=process.nice,
             exit_code=process.exit_code,
             reaped=process.reaped,
@@ -179,7 +181,7 @@ class Journal:
                 for table in _TABLES:
                     run(f"DELETE FROM {table} WHERE pid = ?", (row.pid,))
                 continue
-            counts = (row.prompt_tokens, row.output_tokens)
+            counts = (row.prompt_tokens, row.output_tokens, row.hung_up)
             run(_UPDATE, (row.nice, row.exit_code, *counts, row.pid))
             for item, text in row.replies:
                 run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
@@ -191,7 +193,10 @@ class Journal:
         run("COMMIT")
 
 
-_UPDATE = "UPDATE process SET nice = ?, exit_code = ?, prompt_tokens = ?, output_tokens = ? WHERE pid = ?"
+_UPDATE = (
+    "UPDATE process SET nice = ?, exit_code = ?, prompt_tokens = ?, output_tokens = ?, hung_up = ? "
+    "WHERE pid = ?"
+)
 
 
 def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
@@ -219,7 +224,8 @@ def read(file: Path) -> list[Orphan]:
 
 
 _PROCESSES = (
-    "SELECT pid, nice, exit_code, spec, digest, prompt_tokens, output_tokens FROM process ORDER BY pid"
+    "SELECT pid, nice, exit_code, spec, digest, prompt_tokens, output_tokens, hung_up FROM process "
+    "ORDER BY pid"
 )
 _TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
 _PROGRESS = "SELECT item, begun, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
@@ -235,6 +241,7 @@ def _orphan(
     digest: str,
     prompt_tokens: int,
     output_tokens: int,
+    hung_up: int,
 ) -> Orphan:
     replies = database.execute("SELECT item, text FROM reply WHERE pid = ? ORDER BY item", (pid,))
     finished = {item: _text(reply) for item, reply in replies}
@@ -250,6 +257,7 @@ def _orphan(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         turns=tuple(_text(text) for (text,) in database.execute(_TURNS, (pid,))),
+        hung_up=bool(hung_up),
     )
     check(state)
     return Orphan(file, pid, nice, exit_code, state)

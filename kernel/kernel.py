@@ -276,8 +276,9 @@ class Kernel:
         with self.table.lock:
             process = self._chat(pid)
             process.hung_up = True
+            self.touched(process)
             if process.is_over:
-                self.ended(process, 0)
+                self.dispatchers[self.models[process.model].device.name].exit(process)
 
     def cut(self, pid: int) -> None:
         with self.table.lock:

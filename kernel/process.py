@@ -351,7 +351,7 @@ class Process:
         thread.items, thread.pieces, thread.begun = thread.items[1:], None, False
         if error is not None:
             self.items_failed += 1
-            self.error = self.error or error
+            self.error = error if self.is_chat else self.error or error
         if item == self.item:
             self._close(text)
         else:

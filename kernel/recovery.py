@@ -70,7 +70,7 @@ class Recovery:
     def _fill(process: Process, saved: "Checkpoint") -> None:
         """Give a fresh row the progress that was saved. With the table's lock held."""
         process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
-        process.turns = list(saved.turns) or None
+        process.turns, process.hung_up = list(saved.turns) or None, saved.hung_up
         replies = dict(saved.replies)
         while process.item in replies:
             process.recall(replies.pop(process.item))
@@ -185,6 +185,7 @@ class Recovery:
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,
                 turns=tuple(process.turns or ()),
+                hung_up=process.hung_up,
             )
 
     @staticmethod

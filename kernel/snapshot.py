@@ -38,9 +38,11 @@ class ProcessView:
     share_received: float  # service units it got: 1 per prompt token, 2 per output token
     waits_for: str  # in words; "" if it waits for nothing
     exit_code: int | None
-    error: str  # one line, if it ended by an error
+    error: str  # one line, if it ended by an error; of a chat that goes on: its last turn's that failed
     hint: str
     command: str
+    items_failed: int = 0
+    hung_up: bool = False  # nothing more will be said to a chat
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Syscalls:
         return self._kernel.say(pid, text)
 
     def cut(self, pid: int) -> None:
-        """End the reply that a chat is giving, and keep what there is of it. Raises as `say`."""
+        """End the reply that a chat gives or is about to, and keep what there is of it. Raises as `say`."""
         self._kernel.cut(pid)
 
     def hang_up(self, pid: int) -> None:
@@ -108,6 +108,11 @@ class Syscalls:
         """One process, also when it has ended. Raises ProcessNotFound."""
         with self._table.lock:
             return self._view(self._table.get(pid))
+
+    def spec(self, pid: int) -> ProcessSpec:
+        """What a process was started with. Raises ProcessNotFound."""
+        with self._table.lock:
+            return self._table.get(pid).spec
 
     def why(self, pid: int) -> tuple[str, ...]:
         """In words: what a process waits for or why it ended, and its share, due and received.

@@ -16,7 +16,8 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
     elapsed_s = ended_s - process.started_s
     average = process.output_tokens / elapsed_s if elapsed_s > 0 else 0.0
     engine = model.host.info if model and model.host else None
-    error = None if process.alive else process.error  # one bad line of many is told at the end
+    told = process.is_chat or not process.alive  # one bad line of many is told at the end
+    error = process.error if told else None
     due = process.share_due
     if model is not None:
         due += sum(model.queue.due(t) for t in process.threads if t in model.queue)
@@ -49,6 +50,8 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         error=error.message if error else "",
         hint=error.hint if error else "",
         command=process.spec.command,
+        items_failed=process.items_failed,
+        hung_up=process.hung_up,
     )
 
 

@@ -66,6 +66,7 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
     if plugins:
         add_plugins(registry, paths.plugins, os.environ)
     shell = Shell(system, registry, arguments=arguments, open_monitor=lambda: _monitor(system))
+    shell.chat_history = paths.chat_history_file
     return Machine(paths, config, system, shell)
 
 

@@ -46,6 +46,11 @@ class Paths:
         return self.state / "history"
 
     @property
+    def chat_history_file(self) -> Path:
+        """What was said to models at the prompt."""
+        return self.state / "chat_history"
+
+    @property
     def dmesg_file(self) -> Path:
         """The kernel log, and what native libraries write to file descriptor 2."""
         return self.state / "dmesg"

@@ -104,7 +104,7 @@ def _typed(text: str) -> str:
 def candidates(shell: Shell, line: Line) -> list[Candidate]:
     """What the current word could become, best first. A plugin is never imported for it."""
     if line.is_file:
-        return list(_files(line.current))
+        return list(files(line.current))
     if not line.words:
         return _matching(_commands(shell), line.current)
     spec = shell.registry.entry(line.words[0]).spec if line.words[0] in shell.registry else None
@@ -136,7 +136,7 @@ def _arguments(shell: Shell, parser: Arguments, words: tuple[str, ...], current:
     if action is None:
         return
     for kind in parser.completes.get(action.dest, ()):
-        yield from _files(current) if kind == "file" else _matching(_things(shell, kind), current)
+        yield from files(current) if kind == "file" else _matching(_things(shell, kind), current)
     if action.choices:
         yield from _matching([Candidate(str(choice)) for choice in action.choices], current)
 
@@ -204,7 +204,7 @@ def _matching(rows: list[Candidate], current: str) -> list[Candidate]:
     return begin or [row for row in rows if typed in row.text.lower()]
 
 
-def _files(current: str) -> Iterator[Candidate]:
+def files(current: str) -> Iterator[Candidate]:
     folder, _, begin = current.rpartition("/")
     shown = current[: len(current) - len(begin)]
     try:

@@ -112,6 +112,7 @@ class Job:
     sink: Sink | None = None
     offset: int = 0  # characters shown so far
     announced: bool = False  # its end has been told; what it said may still be to come
+    draft: str = ""  # of a chat: what was typed when it was left
 
     def status(self, view: ProcessView) -> int | None:
         """Its exit code; None while it runs. Output that could not be kept is a failure of the job."""
@@ -192,6 +193,7 @@ def start(shell: Shell, pid: int) -> int:
     if frame.stdout is not None:
         sink = Sink(shell.system, pid, frame.stdout, frame.target)
         frame.stdout = None
+        hang_up(shell, pid)  # into a file nobody can talk
     job = shell.jobs.add(pid, frame.line, sink)
     if not frame.background:
         return foreground(shell, job)
@@ -211,8 +213,15 @@ def labelled(out: Output, head: str, job: Job, tail: str = "") -> str:
 def foreground(shell: Shell, job: Job) -> int:
     """Show a job's output as it comes, until it ends or is stopped; returns its exit code.
 
-    ^C asks it to end, a second one kills it, a third leaves it to itself. ^Z stops it.
+    ^C asks it to end, a second one kills it, a third leaves it to itself. ^Z stops it. With a chat it is
+    a conversation, if there is a terminal.
     """
+    if listens(shell.system.process(job.pid)):
+        if can_talk(shell):
+            from shell.conversation import converse  # deferred: prompt-toolkit
+
+            return converse(shell, job)
+        hang_up(shell, job.pid)
     presses = 0
     try:
         while not _pump(shell, job):
@@ -221,13 +230,32 @@ def foreground(shell: Shell, job: Job) -> int:
                     presses += 1
                     if presses > 2:
                         return _INTERRUPTED
-                    _signal(shell, job, Signal.INT if presses == 1 else Signal.KILL)
-                case signal.SIGTSTP if _signal(shell, job, Signal.STOP):
-                    return _stopped(shell, job)
+                    send(shell, job, Signal.INT if presses == 1 else Signal.KILL)
+                case signal.SIGTSTP if send(shell, job, Signal.STOP):
+                    return stopped(shell, job)
     except BrokenPipeError:
-        _signal(shell, job, Signal.TERM)
+        send(shell, job, Signal.TERM)
         raise
     return finish(shell, job, interrupted=presses > 0)
+
+
+def listens(view: ProcessView) -> bool:
+    """Whether it is a chat that can be talked to."""
+    return view.program == "chat" and not view.hung_up and view.state != "ZOMBIE"
+
+
+def can_talk(shell: Shell) -> bool:
+    """Whether a person can have a conversation with what runs in the foreground."""
+    if shell.frame.stdin is not None or shell.frame.stdout is not None:
+        return False
+    return shell.interactive or (shell.stdin is not None and shell.stdin.isatty() and shell.out.is_terminal)
+
+
+def hang_up(shell: Shell, pid: int) -> None:
+    """Nothing more will be said to it, if it is a chat."""
+    if listens(shell.system.process(pid)):
+        with contextlib.suppress(NotPermitted):  # it has ended just now
+            shell.system.hang_up(pid)
 
 
 def _pump(shell: Shell, job: Job) -> bool:
@@ -240,7 +268,7 @@ def _pump(shell: Shell, job: Job) -> bool:
     return piece.eof
 
 
-def _signal(shell: Shell, job: Job, number: Signal) -> bool:
+def send(shell: Shell, job: Job, number: Signal) -> bool:
     """Send a signal to a job that may have ended meanwhile; whether it arrived."""
     try:
         shell.system.signal(job.pid, number)
@@ -249,7 +277,7 @@ def _signal(shell: Shell, job: Job, number: Signal) -> bool:
     return True
 
 
-def _stopped(shell: Shell, job: Job) -> int:
+def stopped(shell: Shell, job: Job) -> int:
     shell.jobs.touch(job)
     view = shell.system.process(job.pid)
     kept = f"  (pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept)"
@@ -260,12 +288,19 @@ def _stopped(shell: Shell, job: Job) -> int:
 def wait_job(shell: Shell, job: Job) -> int:
     """Wait for the end of a background job, show what it said, and return its exit code.
 
-    ^C ends the waiting, not the job. A stopped job is not waited for.
+    ^C ends the waiting, not the job. A stopped job is not waited for, nor a chat that waits for its user;
+    in a script it has none: there it ends.
     """
     while shell.system.wait(job.pid, _POLL_S) is None:
         if shell.interrupts.take_interrupt():
             return _INTERRUPTED
-        if shell.system.process(job.pid).state == "STOPPED":
+        view = shell.system.process(job.pid)
+        if listens(view) and not shell.interactive:
+            hang_up(shell, job.pid)
+        elif listens(view) and view.items_done == view.items_total and view.state != "STOPPED":
+            shell.note(f"[{job.number}] waits for you: `fg %{job.number}` goes on with it")
+            return _STOPPED
+        elif view.state == "STOPPED":
             shell.note(f"[{job.number}] is stopped: `bg %{job.number}` continues it")
             return _STOPPED
     return conclude(shell, job)
@@ -289,8 +324,10 @@ def _tell_end(shell: Shell, job: Job, head: str, view: ProcessView, status: int)
     shell.note(labelled(shell.err, head + ("Done  " if status == 0 else "Ended  "), job, facts))
 
 
-def finish(shell: Shell, job: Job, *, interrupted: bool = False, background: bool = False) -> int:
-    """Take an ended job off the lists, and say what went wrong; returns its exit code."""
+def finish(
+    shell: Shell, job: Job, *, interrupted: bool = False, background: bool = False, told: bool = False
+) -> int:
+    """Take an ended job off the lists, and say what went wrong unless it was told; returns its exit code."""
     view = shell.system.wait(job.pid)
     assert view is not None
     if job.sink is None:
@@ -302,6 +339,8 @@ def finish(shell: Shell, job: Job, *, interrupted: bool = False, background: boo
         shell.system.reap(job.pid)
     name = f"[{job.number}] {job.pid}: " if background else ""
     status = job.status(view) or 0
+    if told:
+        return status
     if reason := job.failure or view.error:
         shell.report(LlmosError(name + reason, "" if job.failure else view.hint))
     elif interrupted and status:
@@ -338,7 +377,7 @@ def announce(shell: Shell) -> None:
 def close(shell: Shell) -> None:
     """Kill what still runs, and let the files be closed: the session ends."""
     for job in shell.jobs:
-        _signal(shell, job, Signal.KILL)
+        send(shell, job, Signal.KILL)
     for job in shell.jobs:
         shell.jobs.remove(job)
         if job.sink:

@@ -7,7 +7,7 @@ Not here: what a line does (interpreter), colours (highlight), candidates (compl
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -40,7 +40,9 @@ def interact(shell: Shell, history: Path | None) -> int:
     `history` is the file that remembers them; None, or one that cannot be written, means memory.
     """
     shell.interactive = True
-    session = _session(shell, _history(shell, history))
+    lines = open_history(shell, history)
+    shell.history.extend(reversed(list(lines.load_history_strings())))
+    session = _session(shell, lines)
     for text in shell.registry.warnings:
         shell.note(f"warning: {text}")
     try:
@@ -164,7 +166,7 @@ def _while_typing(shell: Shell) -> None:
     if toolbar(shell):
         get_app().create_background_task(_redraw(shell))
     if any(shell.jobs):
-        get_app().create_background_task(_announce(shell))
+        get_app().create_background_task(announce_ends(shell))
 
 
 async def _redraw(shell: Shell) -> None:
@@ -173,11 +175,19 @@ async def _redraw(shell: Shell) -> None:
         get_app().invalidate()
 
 
-async def _announce(shell: Shell) -> None:
-    """Tell of jobs that end, above the prompt. A thread sleeps in the mailbox until the prompt is left."""
+async def announce_ends(shell: Shell, own: Callable[[], bool] = lambda: False) -> None:
+    """Tell of jobs that end, above the prompt; leave it when `own` is true, with nothing typed.
+
+    A thread sleeps in the mailbox until the prompt is left.
+    """
     mailbox = shell.system.subscribe("process")
     try:
         while True:
+            if own():
+                leaving = get_app().future
+                if leaving is not None and not leaving.done():
+                    get_app().exit(result="")
+                return
             if jobs.news(shell):
                 await run_in_terminal(lambda: jobs.announce(shell))
             await asyncio.to_thread(mailbox.wait_receive)
@@ -204,7 +214,8 @@ class _Remembered(FileHistory):
                 super().store_string(string)
 
 
-def _history(shell: Shell, path: Path | None) -> History:
+def open_history(shell: Shell, path: Path | None) -> History:
+    """What was typed before; in memory where there is no file for it."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -214,6 +225,4 @@ def _history(shell: Shell, path: Path | None) -> History:
     except OSError as error:
         shell.note(f"warning: history is not kept: {path}: {error.strerror}")
         return InMemoryHistory()
-    remembered = _Remembered(str(path))
-    shell.history.extend(reversed(list(remembered.load_history_strings())))
-    return remembered
+    return _Remembered(str(path))

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
@@ -20,7 +21,7 @@ from shell.interrupts import Interrupts
 from shell.jobs import JobTable
 from shell.registry import CommandSpec, Registry
 from shell.syntax import ShellSyntaxError, Variable
-from shell.terminal import Output, one_line
+from shell.terminal import Output, fit, one_line
 
 
 class Exit(Exception):
@@ -79,6 +80,7 @@ class Shell:
     interactive: bool = False
     json: bool = False
     open_monitor: Callable[[], int] | None = None
+    chat_history: Path | None = None  # the file that remembers what was said to models
 
     variables: dict[str, str] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
@@ -147,6 +149,13 @@ class Shell:
         """Tell the user something that is not data."""
         self.out_line_done()
         self.err.line(text)
+
+    def remark(self, text: str) -> None:
+        """A dim line, cut where the terminal ends: what may be overlooked."""
+        self.out_line_done()
+        width = self.err.width
+        text = one_line(text) if width is None else fit(one_line(text), width - 1)
+        self.err.emit(self.err.paint(text, "dim") + "\n")
 
     def out_line_done(self) -> None:
         """Where both streams are one terminal, a message begins on its own line."""

@@ -177,3 +177,64 @@ def test_a_chat_outlives_its_llmos(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     talk(other, again, *(TURNS[1:] if state == "sleeping" else TURNS[2:]))
     assert other.output(again) == undisturbed()
     other.system.shutdown()
+
+
+def test_a_turn_that_was_not_begun_is_taken_back() -> None:
+    sim = SimSystem({"m": MODEL})
+    pid = sim.system.spawn(chat(1, "never mind"))  # its model is still to be loaded
+    sim.system.cut(pid)
+    assert sim.system.process(pid).state == "SLEEPING"
+    talk(sim, pid, *TURNS)
+    assert sim.output(pid) == "\n" + undisturbed()
+    sim.kernel.check_integrity()
+
+
+def test_a_reply_that_is_cut_while_it_is_stopped_leaves_it_stopped() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=0)})
+    pid = sim.system.spawn(chat(1, TURNS[0]))
+    sim.run_until(20)
+    sim.system.signal(pid, Signal.STOP)
+    sim.system.cut(pid)
+    assert sim.system.process(pid).state == "STOPPED"
+    sim.system.signal(pid, Signal.CONT)
+    sim.kernel.pump()
+    assert sim.system.process(pid).state == "SLEEPING"
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "journal"])
+def test_hung_up_it_stays_hung_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """All was said when it was saved, or when LLMOS died: it answers the rest, and ends."""
+    monkeypatch.chdir(tmp_path)
+    Path("m.sim").write_text("{}")
+    sim = SimSystem({"m": MODEL}, journal=tmp_path / "journal")
+    pid = sim.system.spawn(chat(1, *TURNS))
+    sim.system.hang_up(pid)
+    sim.run_until(3)
+    sim.system.save(pid, tmp_path / "c.ckpt")
+    assert sim.kernel.recovery.journal
+    sim.kernel.recovery.journal.flush()
+    sim.system.freeze()
+    sim.system.shutdown()
+    other = SimSystem({"m": MODEL}, journal=tmp_path / "journal")
+    if way == "journal":
+        (orphan,) = other.system.orphans()
+        again = other.system.resume(orphan)
+    else:
+        again = other.system.restore(tmp_path / "c.ckpt")
+    ended = other.system.wait(again, 0.0)
+    assert ended and ended.exit_code == 0
+    assert other.output(again) == undisturbed()
+    other.system.shutdown()
+
+
+def test_a_turn_that_does_not_fit_is_told_and_the_chat_goes_on() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=10, context_tokens=100)})
+    pid = sim.system.spawn(chat())
+    talk(sim, pid, "word " * 200)
+    view = sim.system.process(pid)
+    assert (view.state, view.items_failed) == ("SLEEPING", 1)
+    assert "window" in view.error
+    talk(sim, pid, "short")
+    view = sim.system.process(pid)
+    assert (view.items_done, view.items_failed) == (2, 1)
+    assert sim.system.items(pid)[1][1]

@@ -1,6 +1,6 @@
 """The built-in commands, a file per subject."""
 
-from shell.commands import builtins, jobs, models, process, resume, run, sched, swap, system
+from shell.commands import builtins, chat, jobs, models, process, resume, run, sched, swap, system
 from shell.commands.store import ModelStore, store_commands
 from shell.registry import Registry
 
@@ -8,7 +8,7 @@ from shell.registry import Registry
 def builtin_registry(store: ModelStore | None = None) -> Registry:
     """A registry with every built-in command; plugins are added to it."""
     registry = Registry()
-    for module in (process, run, swap, resume, jobs, models, sched, system, builtins):
+    for module in (process, run, chat, swap, resume, jobs, models, sched, system, builtins):
         for spec in module.SPECS:
             registry.add(spec)
     for spec in store_commands(store):

@@ -14,7 +14,7 @@ from shell.render import format_duration
 from shell.session import Shell
 from shell.terminal import one_line
 
-_WORDS = {"T": "Stopped", "Q": "Waiting", "W": "Swapped"}
+_WORDS = {"T": "Stopped", "Q": "Waiting", "W": "Swapped", "S": "Sleeping"}
 
 
 def _jobs_arguments(parser: Arguments) -> None:

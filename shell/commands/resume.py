@@ -27,6 +27,11 @@ def _items(orphan: Orphan) -> str:
     return f"{len(orphan.state.replies)}/{orphan.state.items}"
 
 
+def _is_open(orphan: Orphan) -> bool:
+    """Whether it is a conversation, to be gone on with by a person."""
+    return orphan.state.spec.program == "chat" and not orphan.state.hung_up and orphan.exit_code is None
+
+
 def _arguments(parser: Arguments) -> None:
     parser.add("-l", "--list", action="store_true", help="only show what there is")
     parser.add("--forget", action="store_true", help="throw it away")
@@ -43,6 +48,9 @@ def _run(shell: Shell, args: Namespace) -> int:
         return 0
     status = 0
     for orphan in orphans:
+        if not shell.interactive and _is_open(orphan):  # a script would end it
+            shell.note(f"{orphan.pid} waits for its user, `{orphan.state.spec.command}`: `resume` in a shell")
+            continue
         frame = Frame(line=orphan.state.spec.command, background=True)
         try:
             sink = reopen_sink(orphan.state.spec.sink)
@@ -64,7 +72,8 @@ SPECS = (
         _run,
         _arguments,
         ("resume", "resume -l", "resume --forget"),
-        notes="Output files go on too: each ends up with every token once.",
+        notes="Output files go on too: each ends up with every token once. A conversation is a job that\n"
+        "sleeps: `fg %N` goes on with it. In a script it is left for the next shell.",
         group="processes",
     ),
 )

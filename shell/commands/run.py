@@ -54,6 +54,13 @@ def _arguments(parser: Arguments) -> None:
         help="answer J prompts at a time (default: 1, or K)",
     )
     parser.add("--raw", action="store_true", help="the prompt as it is, without the chat template")
+    parser.add("--ignore-eos", action="store_true", default=None, help="go on after the model's end mark")
+    reply_arguments(parser)
+
+
+def reply_arguments(parser: Arguments) -> None:
+    """How replies are made: the same for `run` and `chat`."""
+    parser.add("--system", default="", metavar="TEXT", help="said to the model before the prompt")
     parser.add("--temp", type=float, dest="temperature", metavar="T", help="temperature; 0 is greedy")
     parser.add("--top-k", type=int, metavar="K", help="of the K likeliest tokens")
     parser.add("--top-p", type=float, metavar="P", help="of the likeliest that make up P")
@@ -69,19 +76,21 @@ def _arguments(parser: Arguments) -> None:
         default=None,
         help="the same tokens whatever else runs, and after a swap",
     )
-    parser.add("--ignore-eos", action="store_true", default=None, help="go on after the model's end mark")
     parser.add(
         "--ctx", type=tokens, default=0, metavar="N", help="context window, if the model must be loaded"
     )
 
 
 def _run(shell: Shell, args: argparse.Namespace) -> int:
+    if args.raw and args.system:
+        raise UsageError("run: --system is part of the chat template, which --raw leaves out")
     spec = ProcessSpec(
         model=args.model,
         prompts=_prompts(shell, args),
+        system=args.system,
         lines=args.lines,
         raw=args.raw,
-        sampling=_sampling(args),
+        sampling=sampling_of(args),
         max_tokens=args.max_tokens,
         nice=shell.frame.nice if args.nice is None else args.nice,
         command=shell.frame.line,
@@ -93,17 +102,18 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
     return start(shell, shell.system.spawn(spec))
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What `reply_arguments` were given; the defaults for what was not."""
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "exact")
     return replace(
-        Sampling(), **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        Sampling(), **{name: value for name in names if (value := getattr(args, name, None)) is not None}
     )
 
 
 def _prompts(shell: Shell, args: argparse.Namespace) -> tuple[str, ...]:
     """Words first, then a blank line, then the file. With --lines, that for each line. Raises UsageError."""
     words = " ".join(args.words)
-    content = _content(shell, args.file, has_words=bool(words))
+    content = content_of(shell, args.file, has_words=bool(words))
     if args.lines:
         lines = (words if content is None else content).splitlines()
         prompts = tuple(line.strip() for line in lines if line.strip())
@@ -116,7 +126,7 @@ def _prompts(shell: Shell, args: argparse.Namespace) -> tuple[str, ...]:
     return prompts
 
 
-def _content(shell: Shell, file: str | None, *, has_words: bool) -> str | None:
+def content_of(shell: Shell, file: str | None, *, has_words: bool) -> str | None:
     """The text of -f, of `< file`, or of a standard input that is not a terminal; bytes pass undamaged."""
     if file is not None and file != "-":
         with shell.interrupts.raised(), open_file(file, "rb") as opened:

@@ -1,0 +1,68 @@
+"""`chat`: a conversation with a model, as a job.
+
+Not here: the conversation on a terminal (conversation), its line editor (chat_prompt).
+"""
+
+import argparse
+from contextlib import suppress
+
+from kernel.errors import NotPermitted, UsageError
+from kernel.syscall import ProcessSpec
+from shell.commands.run import content_of, reply_arguments, sampling_of
+from shell.jobs import can_talk, sink_of, start
+from shell.registry import Arguments, CommandSpec
+from shell.session import Shell
+
+
+def _arguments(parser: Arguments) -> None:
+    parser.add("model", metavar="MODEL", completes=("model",))
+    parser.add("words", nargs="*", metavar="WORDS")
+    reply_arguments(parser)
+
+
+def _chat(shell: Shell, args: argparse.Namespace) -> int:
+    content = content_of(shell, None, has_words=False)
+    lines = " ".join(args.words), *("" if content is None else content).splitlines()
+    turns = tuple(line.strip() for line in lines if line.strip())
+    stays = content is None and can_talk(shell) and (shell.interactive or not shell.frame.background)
+    if not turns and not stays:
+        hint = f"`chat {args.model} < FILE`: each line that is not empty is a turn"
+        raise UsageError("chat: nothing to say, and no terminal to say it at", hint)
+    spec = ProcessSpec(
+        model=args.model,
+        prompts=turns,
+        program="chat",
+        system=args.system,
+        sampling=sampling_of(args),
+        max_tokens=args.max_tokens,
+        nice=shell.frame.nice if args.nice is None else args.nice,
+        command=shell.frame.line,
+        context_tokens=args.ctx,
+        sink=sink_of(shell.frame),
+    )
+    pid = shell.system.spawn(spec)
+    if not stays:
+        with suppress(NotPermitted):  # it has failed already
+            shell.system.hang_up(pid)
+    return start(shell, pid)
+
+
+SPECS = (
+    CommandSpec(
+        "chat",
+        "have a conversation with a model",
+        _chat,
+        _arguments,
+        (
+            "chat nano",
+            'chat nano --system "Answer in one line." which jobs run',
+            "chat nano < turns.txt > replies.txt &",
+        ),
+        notes="^C ends a reply and keeps what there is of it, ^D leaves, ^Z stops the job (`fg` goes back);\n"
+        "/help lists what else there is. Words are the first turn. With `< FILE`, or in a pipe, each\n"
+        "non-empty line is a turn; all are read before the first reply, and after the last it ends.",
+        group="processes",
+        background=True,
+        patterns=False,
+    ),
+)
