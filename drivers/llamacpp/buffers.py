@@ -1,6 +1,6 @@
 """The memory an engine takes: asked for before the load, counted after it.
 
-Owner: `open_engine`, for the time of a load. Not here: how the need is estimated (layout.py).
+Owner: `open_engine`, for the time of a load. Not here: how the need is estimated (estimate.py).
 """
 
 import re

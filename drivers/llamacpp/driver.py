@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from drivers.llamacpp import header, layout
+from drivers.llamacpp import estimate, header, layout, shape
 from kernel.device import (
     DeviceInfo,
     EngineHost,
@@ -47,11 +47,11 @@ class LlamaCppDriver:
         return cpu, DeviceInfo("metal", "metal", "Apple GPU, memory shared with the CPU", ram_bytes)
 
     def inspect(self, path: Path) -> ModelInfo:
-        return layout.model_info(header.read(path))
+        return shape.model_info(header.read(path))
 
     def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
         head = header.read(model.path)
-        return layout.estimate(head, self._layout(head, options))
+        return estimate.estimate(head, self._layout(head, options))
 
     def open(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drivers.llamacpp import header, kvstate, layout, native
+from drivers.llamacpp import estimate, header, kvstate, layout, native
 from drivers.llamacpp.buffers import Buffers, admit
 from drivers.llamacpp.calibrate import measure
 from drivers.llamacpp.families import Families
@@ -64,7 +64,7 @@ def _open(
 ) -> "LlamaEngine":
     head = header.read(Path(path))
     decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
-    admit(layout.estimate(head, decided).total_bytes)
+    admit(estimate.estimate(head, decided).total_bytes)
     buffers = Buffers()
     native.start(log, buffers.hear)
     weights = Weights(path, on_gpu, progress)
