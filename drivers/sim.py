@@ -463,6 +463,9 @@ class SimDriver:
         info = _info(self._model(model.path), options)
         return Estimate(info.weights_bytes, info.kv_bytes, info.compute_bytes)
 
+    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        return self.estimate(model, options)
+
     def open(
         self, model: ModelInfo, device: DeviceInfo, options: EngineOptions, progress: Progress, log: LogLine
     ) -> InlineHost:

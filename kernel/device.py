@@ -324,7 +324,13 @@ class Driver(Protocol):
         """Read the header in pure Python. Raises ModelInvalid, ModelNotFound."""
 
     def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        """Bytes needed, before loading."""
+        """Bytes needed, before loading: from the file's header, at once."""
+
+    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        """The same as the native library counts them, in a process of its own: slower, a second at most.
+
+        Raises ModelInvalid if it refuses the file, or dies of it.
+        """
 
     def open(
         self,

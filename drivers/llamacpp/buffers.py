@@ -10,6 +10,7 @@ from drivers.llamacpp import layout
 from kernel.errors import AdmissionRefused
 
 MIB: Final = 1 << 20
+_CACHE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent): size =\s*([0-9.]+) MiB")
 _BUFFER = re.compile(r"(KV|RS|compute|output|_REPACK model)\s+buffer size\s*=\s*([0-9.]+) MiB")
 
 
@@ -28,10 +29,12 @@ class Buffers:
 
     def __init__(self) -> None:
         self.kv_bytes = 0
+        self.cache_bytes = 0  # the same as llama.cpp counts it, which it does in a dry run as well
         self.repacked_bytes = 0
         self.compute_bytes = 0
 
     def hear(self, _level: str, line: str) -> None:
+        self.cache_bytes += sum(round(float(size) * MIB) for size in _CACHE.findall(line))
         for kind, size in _BUFFER.findall(line):
             size_bytes = round(float(size) * MIB)
             if kind in ("KV", "RS"):

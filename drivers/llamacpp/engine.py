@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from drivers.llamacpp import estimate, header, kvstate, layout, native
+from drivers.llamacpp import estimate, kvstate, layout, native, parts
 from drivers.llamacpp.buffers import Buffers, admit
 from drivers.llamacpp.calibrate import measure
 from drivers.llamacpp.families import Families
@@ -62,9 +62,9 @@ def open_engine_metal(
 def _open(
     path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine, on_gpu: bool
 ) -> "LlamaEngine":
-    head = header.read(Path(path))
+    head = parts.read(Path(path))
     decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
-    admit(estimate.estimate(head, decided).total_bytes)
+    admit(estimate.estimate(head, decided, on_gpu).total_bytes)
     buffers = Buffers()
     native.start(log, buffers.hear)
     weights = Weights(path, on_gpu, progress)

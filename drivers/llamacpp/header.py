@@ -3,7 +3,7 @@
 Nothing is loaded: a few megabytes at most are read, and arrays of strings (the vocabulary) are
 stepped over. What is refused here never reaches the native loader, which can abort the process.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-Not here: what the metadata mean for memory (layout.py).
+Not here: models in several files (parts.py), what the metadata mean (shape.py).
 """
 
 import os
@@ -58,6 +58,12 @@ GGML_TYPES: Final[dict[int, tuple[str, int, int]]] = {  # number: name, weights 
     42: ("Q2_0", 64, 18),
 }
 
+
+def type_number(name: str) -> int:
+    """How files and llama.cpp call a type."""
+    return next(number for number, (known, _, _) in GGML_TYPES.items() if known == name)
+
+
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING: Final = 8
 _ARRAY: Final = 9
@@ -100,6 +106,7 @@ class Header:
     metadata: dict[str, Value]
     tensors: tuple[Tensor, ...]
     data_offset: int  # where the weights begin
+    parts: tuple["Header", ...] = ()  # of a model in several files: each one's own, in order
 
     @property
     def weights_bytes(self) -> int:

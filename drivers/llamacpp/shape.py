@@ -1,38 +1,91 @@
-"""What a header says of a model: its hyper-parameters, checked, and what the kernel is told of it.
+"""What a header says of a model: its hyper-parameters, checked, and the state that each layer keeps.
 
+The rules are those of llama.cpp's loader (llama-hparams.cpp, load_hparams in llama-model.cpp and
+models/*.cpp of the pinned version), for every architecture it knows. What the metadata leave open, the
+tensor table tells: a layer is recurrent if it has the tensors of a recurrent layer.
 Not here: reading the file (header.py), what the shape means for memory (estimate.py).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from drivers.llamacpp.header import GGML_TYPES, Header, Skipped, Value
 from kernel.device import ModelInfo
 from kernel.errors import ModelInvalid
 
 MAX_LAYERS: Final = 512  # more make the native loader abort
+MAX_EXPERTS: Final = 1024  # as well
+_RECURRENT: Final = ("ssm_", "time_mix_", "shortconv.")  # tensors that only a recurrent layer has
+_EVERY_LAYER_BOTH: Final = frozenset({"falcon-h1"})  # attention and recurrence in one layer
+
+
+class _Sliding(NamedTuple):
+    """How an architecture's layers slide: all but the last (or first) of each `period` of them."""
+
+    period: int = 0  # 0: the file lists the layers
+    dense_first: bool = False
+    tokens: int = 0  # the window, if the file does not tell
+
+
+_SLIDING: Final[Mapping[str, _Sliding]] = {  # the rest have full attention in every layer
+    "afmoe": _Sliding(4),
+    "cohere2": _Sliding(4),
+    "cohere2moe": _Sliding(4, dense_first=True),
+    "deepseek4": _Sliding(1),
+    "dflash": _Sliding(),
+    "dots3note": _Sliding(),
+    "exaone-moe": _Sliding(4, tokens=128),
+    "exaone4": _Sliding(4),
+    "gemma2": _Sliding(2, tokens=4096),
+    "gemma3": _Sliding(6),
+    "gemma3n": _Sliding(5),
+    "gemma4": _Sliding(),
+    "gpt-oss": _Sliding(2),
+    "granite-swa": _Sliding(),
+    "laguna": _Sliding(4, dense_first=True),
+    "lfm2": _Sliding(1),
+    "llama4": _Sliding(4, tokens=8192),
+    "maple": _Sliding(),
+    "mellum": _Sliding(4),
+    "mimo2": _Sliding(),
+    "muse-glimmer": _Sliding(4),
+    "olmo2": _Sliding(4),
+    "plamo3": _Sliding(8),
+    "smallthinker": _Sliding(4, dense_first=True),
+    "spark2-5": _Sliding(),
+    "step35": _Sliding(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one layer keeps; 0 where it has none of it."""
+
+    heads: int  # of attention
+    key_width: int  # cached numbers per token
+    value_width: int
+    state_width: int  # 32-bit numbers per sequence, whatever its length
+    slides: bool = False  # sees the last `Shape.sliding_tokens` only
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The hyper-parameters that memory depends on; 0 where an architecture has none."""
+    """The hyper-parameters that memory depends on."""
 
     architecture: str
-    layers: int
     width: int
-    ffn: int
-    heads: int
-    kv_heads: tuple[int, ...]  # per layer
-    key_length: int
-    value_length: int
     context_tokens: int
     vocabulary: int
+    sliding_tokens: int  # 0: no layer slides
+    experts_used: int
+    layers: tuple[Layer, ...]  # that compute; not those that only draft tokens
 
     @property
     def kv_bytes_per_token(self) -> int:
         """At 16-bit keys and values."""
-        return 2 * sum(self.kv_heads) * (self.key_length + self.value_length)
+        return 2 * sum(layer.key_width + layer.value_width for layer in self.layers)
 
 
 class _Keys:
@@ -41,6 +94,9 @@ class _Keys:
     def __init__(self, header: Header, architecture: str) -> None:
         self._metadata = header.metadata
         self._prefix = architecture + "."
+
+    def __contains__(self, key: str) -> bool:
+        return self._prefix + key in self._metadata
 
     def whole(self, key: str, low: int, high: int, default: int = 0) -> int:
         return self._whole(key, self._metadata.get(self._prefix + key, default), low, high, default)
@@ -53,6 +109,12 @@ class _Keys:
             raise ModelInvalid(f"{self._prefix}{key} lists {len(value)} of {layers} layers")
         return tuple(self._whole(key, item, 0, high, default) for item in value[:layers])
 
+    def flags(self, key: str, layers: int) -> tuple[bool, ...] | None:
+        """A list with a flag for each layer; None if there is no list."""
+        if not isinstance(self._metadata.get(self._prefix + key), tuple):
+            return None
+        return tuple(map(bool, self.per_layer(key, layers, 1, default=0)))
+
     def _whole(self, key: str, value: Value, low: int, high: int, default: int) -> int:
         if not isinstance(value, int) or (not low <= value <= high and value != default):
             raise ModelInvalid(f"{self._prefix}{key} is {value!r}; expected {low} to {high}")
@@ -63,26 +125,17 @@ def shape(header: Header) -> Shape:
     """Read and check the hyper-parameters. Raises ModelInvalid for what the native loader would die of."""
     architecture = _architecture(header)
     keys = _Keys(header, architecture)
-    layers = keys.whole("block_count", 1, MAX_LAYERS, default=-1)
+    count = keys.whole("block_count", 1, MAX_LAYERS, default=-1)
     width = keys.whole("embedding_length", 1, 1 << 20, default=-1)
     context = keys.whole("context_length", 1, 1 << 30, default=-1)
-    if -1 in (layers, width, context):
+    if -1 in (count, width, context):
         raise ModelInvalid(f"{header.path}: block_count, embedding_length or context_length is missing")
-    heads = max(keys.per_layer("attention.head_count", layers, 1 << 16, default=0))
-    head_width = width // heads if heads else 0
     _check_norm(header, architecture)
-    return Shape(
-        architecture,
-        layers,
-        width,
-        max(keys.per_layer("feed_forward_length", layers, 1 << 24, default=0)),
-        heads,
-        keys.per_layer("attention.head_count_kv", layers, 1 << 16, default=heads),
-        keys.whole("attention.key_length", 1, 1 << 16, head_width),
-        keys.whole("attention.value_length", 1, 1 << 16, head_width),
-        context,
-        _vocabulary(header),
-    )
+    used = _experts_used(keys, count)
+    trunk = count - keys.whole("nextn_predict_layers", 0, count - 1)
+    sliding_tokens, slides = _sliding(keys, architecture, count)
+    layers = _layers(header, keys, architecture, width, count, slides)
+    return Shape(architecture, width, context, _vocabulary(header), sliding_tokens, used, layers[:trunk])
 
 
 def _architecture(header: Header) -> str:
@@ -92,19 +145,114 @@ def _architecture(header: Header) -> str:
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise ModelInvalid(f"{header.path}: holds a {str(kind)[:40]!r}, not a model")
-    parts = header.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        hint = "join the parts with `llama-gguf-split --merge`"
-        raise ModelInvalid(f"{header.path}: one of {parts} parts of a model", hint)
     return architecture
 
 
 def _check_norm(header: Header, architecture: str) -> None:
     """A norm epsilon that is no number loads, and aborts the process at the first decode."""
-    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon"):
         epsilon = header.metadata.get(f"{architecture}.attention.{key}", 1e-5)
         if not isinstance(epsilon, float) or not math.isfinite(epsilon) or epsilon < 0:
             raise ModelInvalid(f"{architecture}.attention.{key} is {epsilon!r}")
+
+
+def _experts_used(keys: _Keys, layers: int) -> int:
+    """The most experts that compute a token. The native loader asserts what is checked here."""
+    experts = keys.whole("expert_count", 0, MAX_EXPERTS)
+    used = max(keys.per_layer("expert_used_count", layers, MAX_EXPERTS, default=0))
+    groups, groups_used = keys.whole("expert_group_count", 0, MAX_EXPERTS), 0
+    if groups > 1:
+        groups_used = keys.whole("expert_group_used_count", 1, groups - 1, default=-1)
+    if used > experts or (experts and not used) or groups_used < 0:
+        raise ModelInvalid(f"{used} of {experts} experts cannot compute a token")
+    if groups and (groups >= experts or experts % groups):
+        raise ModelInvalid(f"{experts} experts cannot make {groups} groups")
+    return used
+
+
+def _sliding(keys: _Keys, architecture: str, layers: int) -> tuple[int, tuple[bool, ...]]:
+    """The tokens that sliding layers see, and which layers slide."""
+    rule = _SLIDING.get(architecture)
+    tokens = keys.whole("attention.sliding_window", 0, 1 << 30, default=rule.tokens if rule else 0)
+    if rule is None or not tokens or (architecture == "exaone4" and layers != 64):
+        return 0, (False,) * layers
+    if architecture in ("llama4", "smallthinker"):
+        tokens = rule.tokens or 4096  # whatever the file says
+    listed = keys.flags("attention.sliding_window_pattern", layers)
+    if listed is not None:
+        return tokens, listed
+    period = keys.whole("attention.sliding_window_pattern", 0, MAX_LAYERS, default=rule.period)
+    full = 0 if rule.dense_first else period - 1
+    return tokens, tuple(period < 2 or layer % period != full for layer in range(layers))
+
+
+def _layers(
+    header: Header, keys: _Keys, architecture: str, width: int, count: int, slides: tuple[bool, ...]
+) -> tuple[Layer, ...]:
+    heads = keys.per_layer("attention.head_count", count, 1 << 16, default=0)
+    kv_heads = heads
+    if "attention.head_count_kv" in keys:
+        kv_heads = keys.per_layer("attention.head_count_kv", count, 1 << 16, default=0)
+    recurrent = _recurrent(header)
+    cached = _cached_layers(keys, architecture, count)
+    state = _state_width(keys, width, max(heads)) if recurrent else 0
+    key, value = _head_widths(keys, width // heads[0] if heads[0] else 0, "")
+    narrow = _head_widths(keys, key, "_swa", value)
+    compressed = "attention.key_length_mla" in keys and "attention.value_length_mla" in keys
+    indexer = keys.whole("attention.indexer.key_length", 0, 1 << 16)
+    layers = []
+    for index in range(count):
+        attends = index < cached and (index not in recurrent or architecture in _EVERY_LAYER_BOTH)
+        own = kv_heads[index] if attends else 0
+        wide = narrow if slides[index] else (key, value)
+        layers.append(
+            Layer(
+                heads[index] if attends or index >= cached else 0,
+                wide[0] * own + (indexer if own else 0),
+                0 if compressed else wide[1] * own,
+                state if index in recurrent else 0,
+                slides[index],
+            )
+        )
+    return tuple(layers)
+
+
+def _recurrent(header: Header) -> frozenset[int]:
+    """The layers with tensors of a recurrent layer."""
+    found = set()
+    for tensor in header.tensors:
+        block, _, rest = tensor.name.removeprefix("blk.").partition(".")
+        if rest.startswith(_RECURRENT) and block.isdecimal():
+            found.add(int(block))
+    return frozenset(found)
+
+
+def _cached_layers(keys: _Keys, architecture: str, layers: int) -> int:
+    """Layers from here on take the keys and values of earlier ones."""
+    if architecture == "gemma3n":
+        return min(layers, 20)
+    shared = keys.whole("attention.shared_kv_layers", 0, layers) if architecture == "gemma4" else 0
+    return layers - shared
+
+
+def _head_widths(keys: _Keys, default_key: int, suffix: str, default_value: int = -1) -> tuple[int, int]:
+    key = keys.whole("attention.key_length" + suffix, 1, 1 << 16, default_key)
+    default = default_key if default_value < 0 else default_value
+    return key, keys.whole("attention.value_length" + suffix, 1, 1 << 16, default)
+
+
+def _state_width(keys: _Keys, width: int, heads: int) -> int:
+    """Numbers that a recurrent layer keeps of a sequence: convolution and state."""
+    limit = 1 << 24
+    conv = max(0, keys.whole("ssm.conv_kernel", 0, 1 << 10) - 1)
+    if head := keys.whole("wkv.head_size", 0, limit):
+        return width * (keys.whole("token_shift_count", 0, 16, default=2) + head)
+    if kernel := keys.whole("shortconv.l_cache", 0, 1 << 10):
+        return width * (kernel - 1)
+    if head := keys.whole("kda.head_dim", 0, limit):
+        return heads * head * (3 * (conv or 3) + head)
+    inner, state = keys.whole("ssm.inner_size", 0, limit), keys.whole("ssm.state_size", 0, limit)
+    return conv * (inner + 2 * keys.whole("ssm.group_count", 0, limit) * state) + inner * state
 
 
 def _vocabulary(header: Header) -> int:
