@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from drivers.llamacpp import confirm, estimate, layout, parts, shape
+from drivers.llamacpp import confirm, deadly, estimate, layout, parts, shape
 from drivers.llamacpp.header import Header
 from kernel.device import (
     DeviceInfo,
@@ -68,7 +68,9 @@ class LlamaCppDriver:
     ) -> EngineHost:
         if device.kind not in _FACTORIES:
             raise UsageError(f"GGUF models run on the CPU and on Metal, not on {device.name}")
-        decided = self._layout(parts.read(model.path), options)
+        head = parts.read(model.path)
+        deadly.check_vocabulary(head)
+        decided = self._layout(head, options)
         if self.isolation == "none":
             return _open_inline(_FACTORIES[device.kind], model.path, decided.options, progress, log)
         from drivers.worker import WorkerHost

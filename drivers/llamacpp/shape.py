@@ -3,20 +3,19 @@
 The rules are those of llama.cpp's loader (llama-hparams.cpp, load_hparams in llama-model.cpp and
 models/*.cpp of the pinned version), for every architecture it knows. What the metadata leave open, the
 tensor table tells: a layer is recurrent if it has the tensors of a recurrent layer.
-Not here: reading the file (header.py), what the shape means for memory (estimate.py).
+Not here: reading the file (header.py), values that are refused (deadly.py), memory (estimate.py).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from drivers.llamacpp.header import GGML_TYPES, Header, Skipped, Value
+from drivers.llamacpp import deadly
+from drivers.llamacpp.header import GGML_TYPES, Header, Skipped
+from drivers.llamacpp.keys import MAX_LAYERS, Keys
 from kernel.device import ModelInfo
 from kernel.errors import ModelInvalid
 
-MAX_LAYERS: Final = 512  # more make the native loader abort
-MAX_EXPERTS: Final = 1024  # as well
 _RECURRENT: Final = ("ssm_", "time_mix_", "shortconv.")  # tensors that only a recurrent layer has
 _EVERY_LAYER_BOTH: Final = frozenset({"falcon-h1"})  # attention and recurrence in one layer
 
@@ -43,7 +42,7 @@ _SLIDING: Final[Mapping[str, _Sliding]] = {  # the rest have full attention in e
     "gemma3n": _Sliding(5),
     "gemma4": _Sliding(),
     "gpt-oss": _Sliding(2),
-    "granite-swa": _Sliding(),
+    "granite_swa": _Sliding(),
     "laguna": _Sliding(4, dense_first=True),
     "lfm2": _Sliding(1),
     "llama4": _Sliding(4, tokens=8192),
@@ -54,7 +53,7 @@ _SLIDING: Final[Mapping[str, _Sliding]] = {  # the rest have full attention in e
     "olmo2": _Sliding(4),
     "plamo3": _Sliding(8),
     "smallthinker": _Sliding(4, dense_first=True),
-    "spark2-5": _Sliding(),
+    "spark2_5": _Sliding(),
     "step35": _Sliding(),
 }
 
@@ -88,90 +87,28 @@ class Shape:
         return 2 * sum(layer.key_width + layer.value_width for layer in self.layers)
 
 
-class _Keys:
-    """Typed look-ups in the metadata; a value of the wrong kind is the file's fault."""
-
-    def __init__(self, header: Header, architecture: str) -> None:
-        self._metadata = header.metadata
-        self._prefix = architecture + "."
-
-    def __contains__(self, key: str) -> bool:
-        return self._prefix + key in self._metadata
-
-    def whole(self, key: str, low: int, high: int, default: int = 0) -> int:
-        return self._whole(key, self._metadata.get(self._prefix + key, default), low, high, default)
-
-    def per_layer(self, key: str, layers: int, high: int, default: int) -> tuple[int, ...]:
-        value = self._metadata.get(self._prefix + key, default)
-        if not isinstance(value, tuple):
-            return (self._whole(key, value, 0, high, default),) * layers
-        if len(value) < layers:
-            raise ModelInvalid(f"{self._prefix}{key} lists {len(value)} of {layers} layers")
-        return tuple(self._whole(key, item, 0, high, default) for item in value[:layers])
-
-    def flags(self, key: str, layers: int) -> tuple[bool, ...] | None:
-        """A list with a flag for each layer; None if there is no list."""
-        if not isinstance(self._metadata.get(self._prefix + key), tuple):
-            return None
-        return tuple(map(bool, self.per_layer(key, layers, 1, default=0)))
-
-    def _whole(self, key: str, value: Value, low: int, high: int, default: int) -> int:
-        if not isinstance(value, int) or (not low <= value <= high and value != default):
-            raise ModelInvalid(f"{self._prefix}{key} is {value!r}; expected {low} to {high}")
-        return value
-
-
 def shape(header: Header) -> Shape:
     """Read and check the hyper-parameters. Raises ModelInvalid for what the native loader would die of."""
-    architecture = _architecture(header)
-    keys = _Keys(header, architecture)
+    keys = Keys(header)
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        raise ModelInvalid(f"{header.path}: holds a {str(kind)[:40]!r}, not a model")
     count = keys.whole("block_count", 1, MAX_LAYERS, default=-1)
     width = keys.whole("embedding_length", 1, 1 << 20, default=-1)
     context = keys.whole("context_length", 1, 1 << 30, default=-1)
     if -1 in (count, width, context):
         raise ModelInvalid(f"{header.path}: block_count, embedding_length or context_length is missing")
-    _check_norm(header, architecture)
-    used = _experts_used(keys, count)
+    experts = deadly.check(header, keys, count)
     trunk = count - keys.whole("nextn_predict_layers", 0, count - 1)
-    sliding_tokens, slides = _sliding(keys, architecture, count)
-    layers = _layers(header, keys, architecture, width, count, slides)
-    return Shape(architecture, width, context, _vocabulary(header), sliding_tokens, used, layers[:trunk])
+    sliding_tokens, slides = _sliding(keys, count)
+    layers = _layers(header, keys, width, count, slides)
+    vocabulary = _vocabulary(header)
+    return Shape(keys.architecture, width, context, vocabulary, sliding_tokens, experts, layers[:trunk])
 
 
-def _architecture(header: Header) -> str:
-    architecture = header.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture.isprintable() or not architecture:
-        raise ModelInvalid(f"{header.path}: no general.architecture")
-    kind = header.metadata.get("general.type", "model")
-    if kind != "model":
-        raise ModelInvalid(f"{header.path}: holds a {str(kind)[:40]!r}, not a model")
-    return architecture
-
-
-def _check_norm(header: Header, architecture: str) -> None:
-    """A norm epsilon that is no number loads, and aborts the process at the first decode."""
-    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon"):
-        epsilon = header.metadata.get(f"{architecture}.attention.{key}", 1e-5)
-        if not isinstance(epsilon, float) or not math.isfinite(epsilon) or epsilon < 0:
-            raise ModelInvalid(f"{architecture}.attention.{key} is {epsilon!r}")
-
-
-def _experts_used(keys: _Keys, layers: int) -> int:
-    """The most experts that compute a token. The native loader asserts what is checked here."""
-    experts = keys.whole("expert_count", 0, MAX_EXPERTS)
-    used = max(keys.per_layer("expert_used_count", layers, MAX_EXPERTS, default=0))
-    groups, groups_used = keys.whole("expert_group_count", 0, MAX_EXPERTS), 0
-    if groups > 1:
-        groups_used = keys.whole("expert_group_used_count", 1, groups - 1, default=-1)
-    if used > experts or (experts and not used) or groups_used < 0:
-        raise ModelInvalid(f"{used} of {experts} experts cannot compute a token")
-    if groups and (groups >= experts or experts % groups):
-        raise ModelInvalid(f"{experts} experts cannot make {groups} groups")
-    return used
-
-
-def _sliding(keys: _Keys, architecture: str, layers: int) -> tuple[int, tuple[bool, ...]]:
+def _sliding(keys: Keys, layers: int) -> tuple[int, tuple[bool, ...]]:
     """The tokens that sliding layers see, and which layers slide."""
+    architecture = keys.architecture
     rule = _SLIDING.get(architecture)
     tokens = keys.whole("attention.sliding_window", 0, 1 << 30, default=rule.tokens if rule else 0)
     if rule is None or not tokens or (architecture == "exaone4" and layers != 64):
@@ -187,14 +124,14 @@ def _sliding(keys: _Keys, architecture: str, layers: int) -> tuple[int, tuple[bo
 
 
 def _layers(
-    header: Header, keys: _Keys, architecture: str, width: int, count: int, slides: tuple[bool, ...]
+    header: Header, keys: Keys, width: int, count: int, slides: tuple[bool, ...]
 ) -> tuple[Layer, ...]:
     heads = keys.per_layer("attention.head_count", count, 1 << 16, default=0)
     kv_heads = heads
     if "attention.head_count_kv" in keys:
         kv_heads = keys.per_layer("attention.head_count_kv", count, 1 << 16, default=0)
     recurrent = _recurrent(header)
-    cached = _cached_layers(keys, architecture, count)
+    cached = _cached_layers(keys, count)
     state = _state_width(keys, width, max(heads)) if recurrent else 0
     key, value = _head_widths(keys, width // heads[0] if heads[0] else 0, "")
     narrow = _head_widths(keys, key, "_swa", value)
@@ -202,7 +139,7 @@ def _layers(
     indexer = keys.whole("attention.indexer.key_length", 0, 1 << 16)
     layers = []
     for index in range(count):
-        attends = index < cached and (index not in recurrent or architecture in _EVERY_LAYER_BOTH)
+        attends = index < cached and (index not in recurrent or keys.architecture in _EVERY_LAYER_BOTH)
         own = kv_heads[index] if attends else 0
         wide = narrow if slides[index] else (key, value)
         layers.append(
@@ -227,21 +164,21 @@ def _recurrent(header: Header) -> frozenset[int]:
     return frozenset(found)
 
 
-def _cached_layers(keys: _Keys, architecture: str, layers: int) -> int:
+def _cached_layers(keys: Keys, layers: int) -> int:
     """Layers from here on take the keys and values of earlier ones."""
-    if architecture == "gemma3n":
+    if keys.architecture == "gemma3n":
         return min(layers, 20)
-    shared = keys.whole("attention.shared_kv_layers", 0, layers) if architecture == "gemma4" else 0
+    shared = keys.whole("attention.shared_kv_layers", 0, layers) if keys.architecture == "gemma4" else 0
     return layers - shared
 
 
-def _head_widths(keys: _Keys, default_key: int, suffix: str, default_value: int = -1) -> tuple[int, int]:
+def _head_widths(keys: Keys, default_key: int, suffix: str, default_value: int = -1) -> tuple[int, int]:
     key = keys.whole("attention.key_length" + suffix, 1, 1 << 16, default_key)
     default = default_key if default_value < 0 else default_value
     return key, keys.whole("attention.value_length" + suffix, 1, 1 << 16, default)
 
 
-def _state_width(keys: _Keys, width: int, heads: int) -> int:
+def _state_width(keys: Keys, width: int, heads: int) -> int:
     """Numbers that a recurrent layer keeps of a sequence: convolution and state."""
     limit = 1 << 24
     conv = max(0, keys.whole("ssm.conv_kernel", 0, 1 << 10) - 1)
