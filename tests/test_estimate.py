@@ -50,11 +50,11 @@ def test_estimate_is_near_what_an_engine_takes_and_the_engine_runs(tmp_path: Pat
 
 SETUPS = {
     "a long window": (Size(width=128, heads=8, layers=6), Setup(8192, 2, 128)),
-    "wide layers": (Size(width=128, ffn=1024, layers=6), Setup(256, 1, 512)),
-    "many seats, many tokens": (Size(width=128, ffn=512, vocabulary=16_000), Setup(256, 16, 128)),
+    "wide layers": (Size(width=128, ffn=1024), Setup(256, 1, 512)),
+    "many seats, many tokens": (Size(width=64, vocabulary=8_000, layers=2), Setup(256, 16, 128)),
     "short sliding windows": (Size(layers=6), Setup(2048, 2, 128, full_windows=False)),
     "8-bit keys and values": (
-        Size(width=256, ffn=512, layers=6, heads=2, kv_heads=1),
+        Size(width=128, ffn=512, heads=2, kv_heads=1),
         Setup(4096, 2, 256, key_type="Q8_0", value_type="Q8_0", flash=True),
     ),
 }

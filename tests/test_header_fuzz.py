@@ -215,7 +215,8 @@ def test_a_token_that_occurs_twice(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_what_is_accepted_never_kills_the_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, kinds = random.Random(), specimens(tmp_path, monkeypatch)
+    seed = random.randrange(1 << 32)
+    source, kinds = random.Random(seed), specimens(tmp_path, monkeypatch)
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     probe = subprocess.Popen(
         [sys.executable, PROBE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -235,4 +236,4 @@ def test_what_is_accepted_never_kills_the_loader(tmp_path: Path, monkeypatch: py
             deaths.append((verdict, kept))
     probe.stdin.close()
     assert probe.wait() == 0
-    assert deaths == []
+    assert deaths == [], f"seed {seed}"

@@ -142,7 +142,7 @@ def mixtral(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def qwen2(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True)]
+    tensors = [*_ends(size)]
     for at in _blocks(size):
         attention = _attention(at, size, size.width // size.heads, bias=True)
         tensors += [*(t for t in attention if t.name != at + "attn_norm.bias"), *_ffn(at, size)]
@@ -171,7 +171,7 @@ def gemma2(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def gemma3(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True)]
+    tensors = [*_ends(size)]
     for at in _blocks(size):
         tensors += [*_attention(at, size, size.head, norms=True), *_ffn(at, size)]
         tensors += [*_norm(at + "post_attention_norm", size.width), *_norm(at + "post_ffw_norm", size.width)]
@@ -191,7 +191,7 @@ def phi3(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def starcoder2(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True, bias=True)]
+    tensors = [*_ends(size, bias=True)]
     for at in _blocks(size):
         tensors += [*_attention(at, size, size.width // size.heads, bias=True)]
         tensors += [Draft(at + "attn_output.bias", (size.width,), fill=0.0)]
@@ -200,7 +200,7 @@ def starcoder2(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def gpt2(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True, bias=True)]
+    tensors = [*_ends(size, bias=True)]
     tensors += [Draft("position_embd.weight", (size.context_tokens, size.width), 0.1)]
     for at in _blocks(size):
         tensors += [*_norm(at + "attn_norm", size.width, bias=True)]
@@ -257,7 +257,7 @@ def deepseek2(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def mamba(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True)]
+    tensors = [*_ends(size)]
     for at in _blocks(size):
         tensors += [*_mamba(at, size)]
     more = {"ssm.inner_size": 2 * size.width, "ssm.state_size": size.state}
@@ -265,7 +265,7 @@ def mamba(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def mamba2(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True)]
+    tensors = [*_ends(size)]
     for at in _blocks(size):
         tensors += [*_mamba2(at, size)]
     more = {"ssm.inner_size": 2 * size.width, "ssm.state_size": size.state}
@@ -333,7 +333,7 @@ def falcon_h1(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def lfm2(size: Size) -> tuple[Metadata, list[Draft]]:
-    tensors = [*_ends(size, tied=True, norm="token_embd_norm")]
+    tensors = [*_ends(size, norm="token_embd_norm")]
     for at, heads in zip(_blocks(size), _some_attention(size), strict=True):
         if heads:
             tensors += [*_attention(at, size, size.width // size.heads, norms=True)]

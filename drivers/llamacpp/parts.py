@@ -13,7 +13,7 @@ from drivers.llamacpp import header
 from drivers.llamacpp.header import Header
 from kernel.errors import ModelInvalid, ModelNotFound
 
-_FIRST: Final = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
+_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 def read(path: Path, strings: frozenset[str] = frozenset()) -> Header:
@@ -22,13 +22,14 @@ def read(path: Path, strings: frozenset[str] = frozenset()) -> Header:
     count, number = _number(first, "split.count"), _number(first, "split.no")
     if count < 2:
         return first
-    named = _FIRST.fullmatch(path.name)
-    if number or not named or int(named[2]) != count:
+    named = _PART.fullmatch(path.name)
+    stem = named[1] if named else "NAME"
+    if number or path.name != f"{stem}-00001-of-{count:05}.gguf":
         raise ModelInvalid(
             f"{path}: part {number + 1} of a model in {count} files",
-            f"the first part is the model, under its own name: NAME-00001-of-{count:05}.gguf",
+            f"the first one stands for the model, under this name: {stem}-00001-of-{count:05}.gguf",
         )
-    parts = (first, *(_part(path, named[1], each, count) for each in range(1, count)))
+    parts = (first, *(_part(path, stem, each, count) for each in range(1, count)))
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
     wanted = _number(first, "split.tensors.count", len(tensors))
     if len({tensor.name for tensor in tensors}) != wanted or len(tensors) != wanted:
