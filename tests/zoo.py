@@ -346,6 +346,61 @@ def lfm2(size: Size) -> tuple[Metadata, list[Draft]]:
     return {**_RMS, "shortconv.l_cache": 3, "attention.head_count_kv": _some_attention(size)}, tensors
 
 
+def gpt_oss(size: Size) -> tuple[Metadata, list[Draft]]:
+    """Experts with biases, attention with sinks, every other layer slides."""
+    tensors = [*_ends(size)]
+    for at in _blocks(size):
+        tensors += [*_attention(at, size, size.head, bias=True), *_experts(at, size, size.ffn)]
+        tensors += [
+            *_norm(at + "post_attention_norm", size.width),
+            Draft(at + "attn_sinks.weight", (size.heads,)),
+        ]
+        tensors += [
+            Draft(at + "attn_output.bias", (size.width,)),
+            Draft(at + "ffn_gate_inp.bias", (size.experts,)),
+        ]
+        for name, width in (("gate", size.ffn), ("up", size.ffn), ("down", size.width)):
+            tensors += [Draft(at + f"ffn_{name}_exps.bias", (size.experts, width), fill=0.0)]
+    unused = ("attn_norm.bias", "ffn_norm.weight")
+    more = {"expert_count": size.experts, "expert_used_count": 2, "expert_feed_forward_length": size.ffn}
+    window = {"attention.sliding_window": size.sliding_tokens}
+    return {**_RMS, **_keys(size, size.head), **more, **window}, [
+        tensor for tensor in tensors if not tensor.name.endswith(unused)
+    ]
+
+
+def qwen3next(size: Size) -> tuple[Metadata, list[Draft]]:
+    """Three layers of gated linear attention, then one of attention with a gate; experts in each."""
+    head, keys, values = 32, 2, 4
+    mixed = (2 * keys + values) * head
+    tensors = [*_ends(size)]
+    for layer, at in enumerate(_blocks(size)):
+        if layer % 4 == 3:
+            attention = _attention(at, size, size.head, norms=True)
+            wide = (2 * size.heads * size.head, size.width)
+            tensors += [t._replace(dims=wide) if t.name == at + "attn_q.weight" else t for t in attention]
+        else:
+            tensors += [*_norm(at + "attn_norm", size.width), *_matrix(at + "attn_qkv", mixed, size.width)]
+            tensors += [*_matrix(at + "attn_gate", values * head, size.width)]
+            tensors += [
+                Draft(at + "ssm_conv1d.weight", (mixed, 4)),
+                Draft(at + "ssm_dt.bias", (values,), fill=0.0),
+            ]
+            tensors += [
+                Draft(at + "ssm_a", (values,), fill=-1.0),
+                *_matrix(at + "ssm_ba", 2 * values, size.width),
+            ]
+            tensors += [*_norm(at + "ssm_norm", head), *_matrix(at + "ssm_out", size.width, values * head)]
+        tensors += [*_norm(at + "post_attention_norm", size.width), *_experts(at, size, 64, 64)]
+        tensors += [Draft(at + "ffn_gate_inp_shexp.weight", (size.width,))]
+    more = {"expert_count": size.experts, "expert_used_count": 2, "expert_feed_forward_length": 64}
+    state = {"ssm.inner_size": values * head, "ssm.state_size": head, "ssm.conv_kernel": 4}
+    heads = {"ssm.time_step_rank": values, "ssm.group_count": keys, "expert_shared_feed_forward_length": 64}
+    return {**_RMS, **_keys(size, size.head), **more, **state, **heads}, [
+        tensor for tensor in tensors if not tensor.name.endswith("ffn_norm.weight")
+    ]
+
+
 KEEPERS: dict[str, Callable[[Size], tuple[Metadata, list[Draft]]]] = {
     "llama": llama,
     "mixtral": mixtral,
@@ -365,6 +420,8 @@ KEEPERS: dict[str, Callable[[Size], tuple[Metadata, list[Draft]]]] = {
     "granitehybrid": granitehybrid,
     "falcon-h1": falcon_h1,
     "lfm2": lfm2,
+    "gpt-oss": gpt_oss,
+    "qwen3next": qwen3next,
 }
 _WRITTEN_AS = {"mixtral": "llama"}
 

@@ -195,4 +195,7 @@ def _recurrence(form: Shape, rows: Rows) -> int:
         return rows.get("time_mix_w1", 0) + _TIME_MIX_WIDTHS * form.width
     if "shortconv.in_proj" in rows:
         return rows["shortconv.in_proj"] + 2 * form.width
-    return rows.get("ssm_in", 0) + 3 * rows.get("ssm_conv1d", 0)
+    mixed = rows.get("ssm_conv1d", 0)
+    if "ssm_in" in rows:
+        return rows["ssm_in"] + 3 * mixed
+    return rows.get("attn_qkv", 0) + rows.get("attn_gate", 0) + 2 * mixed if mixed else 0
