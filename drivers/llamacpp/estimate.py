@@ -143,7 +143,7 @@ def _compute_bytes(header: Header, form: Shape, setup: Setup) -> int:
         scores = 0 if setup.flash else layer.heads * _cells(setup, form, layer.slides)
         attention = scores + _attention(layer, own) if layer.key_width else 0
         work = max(attention, _feed_forward(form, own), _recurrence(form, own))
-        state = setup.seats * layer.state_width * (2 if "time_mix_w1" in own else 1)
+        state = setup.seats * layer.state_width * (1 if "ssm_in" in own else 2)  # old and new
         widest = max(widest, tokens * (2 * form.width + work) + state)
     logits = form.vocabulary * min(tokens, setup.seats) + 2 * tokens * form.width
     return max(_inputs(form, setup, tokens) + 4 * widest, 4 * logits)
