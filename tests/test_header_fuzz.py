@@ -202,6 +202,15 @@ def test_what_llama_cpp_would_die_of(
         LlamaCppDriver().inspect(changed(zoo.write(tmp_path, kind), key, value))
 
 
+@pytest.mark.parametrize(("heads", "reason"), [(0, "no layer has attention"), (2, "no layer is recurrent")])
+def test_hybrids_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, reason: str
+) -> None:
+    monkeypatch.setattr(zoo, "_some_attention", lambda size: [heads] * size.layers)
+    with pytest.raises(ModelInvalid, match=reason):
+        LlamaCppDriver().inspect(zoo.write(tmp_path, "jamba"))
+
+
 def test_a_token_that_occurs_twice(tmp_path: Path) -> None:
     path = zoo.write(tmp_path, "llama")
     deadly.check_vocabulary(header.read(path))

@@ -370,12 +370,12 @@ def gpt_oss(size: Size) -> tuple[Metadata, list[Draft]]:
 
 
 def qwen3next(size: Size) -> tuple[Metadata, list[Draft]]:
-    """Three layers of gated linear attention, then one of attention with a gate; experts in each."""
+    """Layers of gated linear attention, every other one of attention with a gate; experts in each."""
     head, keys, values = 32, 2, 4
     mixed = (2 * keys + values) * head
     tensors = [*_ends(size)]
     for layer, at in enumerate(_blocks(size)):
-        if layer % 4 == 3:
+        if layer % 2:
             attention = _attention(at, size, size.head, norms=True)
             wide = (2 * size.heads * size.head, size.width)
             tensors += [t._replace(dims=wide) if t.name == at + "attn_q.weight" else t for t in attention]
@@ -394,7 +394,12 @@ def qwen3next(size: Size) -> tuple[Metadata, list[Draft]]:
         tensors += [*_norm(at + "post_attention_norm", size.width), *_experts(at, size, 64, 64)]
         tensors += [Draft(at + "ffn_gate_inp_shexp.weight", (size.width,))]
     more = {"expert_count": size.experts, "expert_used_count": 2, "expert_feed_forward_length": 64}
-    state = {"ssm.inner_size": values * head, "ssm.state_size": head, "ssm.conv_kernel": 4}
+    state = {
+        "full_attention_interval": 2,
+        "ssm.inner_size": values * head,
+        "ssm.state_size": head,
+        "ssm.conv_kernel": 4,
+    }
     heads = {"ssm.time_step_rank": values, "ssm.group_count": keys, "expert_shared_feed_forward_length": 64}
     return {**_RMS, **_keys(size, size.head), **more, **state, **heads}, [
         tensor for tensor in tensors if not tensor.name.endswith("ffn_norm.weight")

@@ -24,6 +24,10 @@ _NEEDS_EXPERTS: Final = frozenset(
     {"bailingmoe2", "glm4moe", "grovemoe", "lfm2moe", "llada-moe", "smallthinker"}
 )
 _INNER_IS_TWICE: Final = frozenset({"jamba", "granitehybrid"})
+_HYBRID: Final = """
+    bailingmoe3 falcon-h1 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h
+    nemotron_h_moe plamo2 qwen35 qwen35moe qwen3next qwen4exp
+"""  # architectures with layers of both kinds; with one kind only, the other's inputs are never made
 _WHOLE_HEAD: Final = """
     apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream
     ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon granite granite_swa granitemoe graniteswitch grok
@@ -133,6 +137,12 @@ def _experts(keys: Keys, layers: int) -> int:
     if not experts and keys.architecture in _NEEDS_EXPERTS:
         raise ModelInvalid(f"{keys.architecture}.expert_count is missing")
     return used
+
+
+def check_kinds(architecture: str, attends: bool, recurs: bool) -> None:
+    """Whether any layer has attention, and any is recurrent."""
+    if architecture in _HYBRID.split() and not (attends and recurs):
+        raise ModelInvalid(f"{architecture}: no layer {'is recurrent' if attends else 'has attention'}")
 
 
 def check_vocabulary(header: Header) -> None:

@@ -101,9 +101,11 @@ def shape(header: Header) -> Shape:
     experts = deadly.check(header, keys, count)
     trunk = count - keys.whole("nextn_predict_layers", 0, count - 1)
     sliding_tokens, slides = _sliding(keys, count)
-    layers = _layers(header, keys, width, count, slides)
+    layers = _layers(header, keys, width, count, slides)[:trunk]
+    attends, recurs = any(layer.key_width for layer in layers), any(layer.state_width for layer in layers)
+    deadly.check_kinds(keys.architecture, attends, recurs)
     vocabulary = _vocabulary(header)
-    return Shape(keys.architecture, width, context, vocabulary, sliding_tokens, experts, layers[:trunk])
+    return Shape(keys.architecture, width, context, vocabulary, sliding_tokens, experts, layers)
 
 
 def _sliding(keys: Keys, layers: int) -> tuple[int, tuple[bool, ...]]:
