@@ -137,16 +137,17 @@ def _compute_bytes(header: Header, form: Shape, setup: Setup) -> int:
     tokens = min(setup.seats * setup.window_tokens, setup.chunk_tokens)
     tokens = -(-tokens // setup.seats) * setup.seats
     rows = _rows(header)
-    widest = 0
-    for index, layer in enumerate(form.layers):
-        own = rows.get(index, {})
-        scores = 0 if setup.flash else layer.heads * _cells(setup, form, layer.slides)
-        attention = scores + _attention(layer, own) if layer.key_width else 0
-        work = max(attention, _feed_forward(form, own), _recurrence(form, own))
-        state = setup.seats * layer.state_width * (1 if "ssm_in" in own else 2)  # old and new
-        widest = max(widest, tokens * (2 * form.width + work) + state)
+    widest = max(_layer(form, setup, layer, rows.get(at, {}), tokens) for at, layer in enumerate(form.layers))
     logits = form.vocabulary * min(tokens, setup.seats) + 2 * tokens * form.width
     return max(_inputs(form, setup, tokens) + 4 * widest, 4 * logits)
+
+
+def _layer(form: Shape, setup: Setup, layer: Layer, rows: Rows, tokens: int) -> int:
+    """Numbers alive at once in the widest phase of a layer; residual and norm are in each of them."""
+    attention = _attention(form, setup, layer, rows, tokens) if layer.key_width else 0
+    work = max(attention, _feed_forward(form, rows), _recurrence(form, rows))
+    state = layer.state_width * (1 if "ssm_in" in rows else 2)  # old and new
+    return tokens * (2 * form.width + work) + setup.seats * state
 
 
 def _rows(header: Header) -> dict[int, dict[str, int]]:
@@ -174,11 +175,14 @@ def _inputs(form: Shape, setup: Setup, tokens: int) -> int:
     return size
 
 
-def _attention(layer: Layer, rows: Rows) -> int:
-    """Of a token, beside the residual, the norm and the scores: queries, keys, values."""
+def _attention(form: Shape, setup: Setup, layer: Layer, rows: Rows, tokens: int) -> int:
+    """Of a token: queries, keys, values, and the scores of all cells."""
+    cells = 0 if setup.flash else _cells(setup, form, layer.slides)
     made = sum(rows.get(name, 0) for name in ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_a"))
-    latent = rows.get("attn_k_b", 0)  # queries go into the space of compressed keys and come back
-    return made + 2 * rows.get("attn_q_b", 0) + 2 * rows.get("attn_kv_a_mqa", 0) + 3 * layer.heads * latent
+    made += 2 * rows.get("attn_q_b", 0) + 2 * rows.get("attn_kv_a_mqa", 0)
+    latent = rows.get("attn_k_b", 0)  # width of compressed keys, which are turned round to be the values
+    turned = max(3 * layer.heads * latent, setup.seats * cells * latent // (2 * tokens))
+    return made + turned + cells * layer.heads
 
 
 def _feed_forward(form: Shape, rows: Rows) -> int:
