@@ -23,6 +23,7 @@ from zoo import Size
 from drivers.llamacpp import deadly, header
 from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.header import Header
+from drivers.llamacpp.writer import write_model
 from kernel.device import EngineOptions
 from kernel.errors import ModelInvalid
 
@@ -200,6 +201,16 @@ def test_what_llama_cpp_would_die_of(
 ) -> None:
     with pytest.raises(ModelInvalid, match=reason):
         LlamaCppDriver().inspect(changed(zoo.write(tmp_path, kind), key, value))
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], list(range(2000))])
+def test_a_vocabulary_of_numbers(tmp_path: Path, numbers: list[int]) -> None:
+    metadata, tensors = zoo.model("llama", SMALL)
+    write_model(tmp_path / "odd.gguf", {**metadata, "tokenizer.ggml.tokens": numbers}, tensors)
+    with pytest.raises(ModelInvalid, match="no vocabulary"):
+        LlamaCppDriver().inspect(tmp_path / "odd.gguf")
+    with pytest.raises(ModelInvalid, match="no vocabulary"):
+        deadly.check_vocabulary(header.read(tmp_path / "odd.gguf"))
 
 
 @pytest.mark.parametrize(("heads", "reason"), [(0, "no layer has attention"), (2, "no layer is recurrent")])

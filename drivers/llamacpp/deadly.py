@@ -148,7 +148,7 @@ def check_kinds(architecture: str, attends: bool, recurs: bool) -> None:
 def check_vocabulary(header: Header) -> None:
     """No token may occur twice. Takes some 50 ms for 128k tokens, so it is left for the load."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, Skipped) or tokens.size_bytes > MAX_VOCABULARY_BYTES:
+    if not isinstance(tokens, Skipped) or not tokens.is_text or tokens.size_bytes > MAX_VOCABULARY_BYTES:
         raise ModelInvalid(f"{header.path}: no vocabulary, or one without end")
     fd = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
     try:

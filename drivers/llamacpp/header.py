@@ -84,6 +84,7 @@ class Skipped:
     items: int
     offset: int
     size_bytes: int
+    is_text: bool
 
 
 Value = int | float | bool | str | tuple[int | float, ...] | tuple[str, ...] | Skipped
@@ -268,7 +269,7 @@ def _value(reader: _Reader, kind: int, keep_strings: bool) -> Value:
         raise ModelInvalid(f"unknown array type {item}")
     elif (numbers := reader.numbers(_SCALARS[item], count)) is not None:
         return numbers
-    return Skipped(count, begin, reader.at - begin)
+    return Skipped(count, begin, reader.at - begin, item == _STRING)
 
 
 def _tensor(reader: _Reader) -> Tensor:

@@ -196,9 +196,9 @@ def _state_width(keys: Keys, width: int, heads: int) -> int:
 
 def _vocabulary(header: Header) -> int:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, Skipped) and tokens.items:
+    if isinstance(tokens, Skipped) and tokens.is_text and tokens.items:
         return tokens.items
-    if isinstance(tokens, tuple) and tokens:
+    if isinstance(tokens, tuple) and tokens and isinstance(tokens[0], str):
         return len(tokens)
     raise ModelInvalid(f"{header.path}: no vocabulary")
 
