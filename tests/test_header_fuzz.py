@@ -186,6 +186,10 @@ def changed(path: Path, key: bytes, value: bytes) -> Path:
     [  # each was found by loading changed files: llama.cpp aborts
         ("phi3", b"phi3.rope.dimension_count", pack("<I", 1 << 31), "rope.dimension_count"),
         ("falcon-h1", b"falcon-h1.rope.dimension_count", pack("<I", 33), "rope.dimension_count"),
+        ("falcon-h1", b"falcon-h1.rope.dimension_count", pack("<I", 0), "rope.dimension_count"),  # hangs
+        ("gemma2", b"gemma2.rope.dimension_count", pack("<I", 1), "rope.dimension_count"),
+        ("qwen3", b"qwen3.rope.dimension_count", pack("<I", 2), "rope.dimension_count"),
+        ("qwen3", b"qwen3.attention.value_length", pack("<I", 64), "values of 64"),
         ("deepseek2", b"deepseek2.rope.dimension_count", pack("<I", 48), "rope.dimension_count"),
         ("deepseek2", b"deepseek2.attention.key_length", pack("<I", 1), "rope.dimension_count|key_length"),
         ("deepseek2", b"deepseek2.attention.head_count_kv", pack("<I", 4), "key_length"),

@@ -28,6 +28,9 @@ _HYBRID: Final = """
     bailingmoe3 falcon-h1 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h
     nemotron_h_moe plamo2 qwen35 qwen35moe qwen3next qwen4exp
 """  # architectures with layers of both kinds; with one kind only, the other's inputs are never made
+_NO_ROTATION: Final = """
+    bloom glm5-next gpt2 gptj granitehybrid jais jamba kimi-k3 kimi-linear mpt nemotron_h nemotron_h_moe refact
+"""  # the others hang in their first forward pass if nothing is to be rotated
 _WHOLE_HEAD: Final = """
     apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream
     ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon granite granite_swa granitemoe graniteswitch grok
@@ -89,7 +92,8 @@ def _check_heads(keys: Keys) -> None:
         key = keys.whole("attention.key_length" + suffix, 1, 1 << 16, key)
         value = keys.whole("attention.value_length" + suffix, 1, 1 << 16, value)
         rotated = keys.whole("rope.dimension_count" + suffix, 0, key, default=key)
-        if rotated % 2 or (keys.architecture in _WHOLE_HEAD.split() and rotated != key):
+        is_wrong = rotated % 2 or not rotated or (keys.architecture in _WHOLE_HEAD.split() and rotated != key)
+        if is_wrong and keys.architecture not in _NO_ROTATION.split():
             raise ModelInvalid(f"{keys.architecture}.rope.dimension_count{suffix} is {rotated} of {key}")
         if keys.architecture in _KEY_IS_VALUE.split() and key != value:
             raise ModelInvalid(f"{keys.architecture}: keys of {key} and values of {value} numbers")
