@@ -29,7 +29,8 @@ _HYBRID: Final = """
     nemotron_h_moe plamo2 qwen35 qwen35moe qwen3next qwen4exp
 """  # architectures with layers of both kinds; with one kind only, the other's inputs are never made
 _NO_ROTATION: Final = """
-    bloom glm5-next gpt2 gptj granitehybrid jais jamba kimi-k3 kimi-linear mpt nemotron_h nemotron_h_moe refact
+    bloom glm5-next gpt2 gptj granitehybrid jais jamba kimi-k3 kimi-linear mpt nemotron_h nemotron_h_moe
+    refact
 """  # the others hang in their first forward pass if nothing is to be rotated
 _WHOLE_HEAD: Final = """
     apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream
