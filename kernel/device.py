@@ -58,6 +58,7 @@ class EngineOptions:
     context_tokens: int = 0
     sequences: int = 0  # seats in the KV cache; 0 lets the driver choose
     threads: int = 0  # compute threads; 0 lets the driver choose
+    kv_tokens: int = 0  # KV cache for all sequences together; 0 lets the driver choose
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def test_windows_of_the_file_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_decide_the_layout() -> None:
     head = header.read(NANO)
     chosen = layout.decide(head, EngineOptions(), free_bytes=1 << 40, cores=8)
-    assert chosen == layout.Layout(window_tokens=512, seats=16, threads=1)
+    assert chosen == layout.Layout(window_tokens=512, seats=64, threads=1, kv_tokens=64 * 512)
     seat_bytes = 512 * 2048
     assert layout.decide(head, EngineOptions(), free_bytes=4 * 3 * seat_bytes, cores=8).seats == 3
     assert layout.decide(head, EngineOptions(), free_bytes=0, cores=8).seats == 1

@@ -4,9 +4,14 @@ Owner: `open_engine`, for the time of a load. Not here: how the need is estimate
 """
 
 import re
+from functools import cache
 from typing import Final
 
 from drivers.llamacpp import layout
+from drivers.llamacpp.estimate import estimate
+from drivers.llamacpp.header import Header
+from drivers.llamacpp.layout import Layout
+from kernel.device import Estimate
 from kernel.errors import AdmissionRefused
 
 MIB: Final = 1 << 20
@@ -43,3 +48,34 @@ class Buffers:
                 self.repacked_bytes += size_bytes  # a second copy of some weights, in a faster order
             else:
                 self.compute_bytes += size_bytes
+
+    def forget_contexts(self) -> None:
+        """All contexts are freed."""
+        self.kv_bytes = self.compute_bytes = 0
+
+
+class Sizes:
+    """What slabs take: estimated from the header, and corrected by what the first one took."""
+
+    def __init__(self, header: Header, threads: int) -> None:
+        self._header = header
+        self._threads = threads
+        self._kv_ratio = self._compute_ratio = 1.0
+        self._expected = cache(self._estimate)  # the planning of slabs asks often
+
+    def of(self, window_tokens: int, seats: int) -> int:
+        """Bytes of a slab."""
+        return sum(self.correct(self._expected(window_tokens, seats)))
+
+    def correct(self, expected: Estimate) -> tuple[int, int]:
+        """(KV, compute) bytes of an estimate, as they will be."""
+        return round(expected.kv_bytes * self._kv_ratio), round(expected.compute_bytes * self._compute_ratio)
+
+    def learn(self, window_tokens: int, seats: int, taken: Buffers) -> None:
+        expected = self._expected(window_tokens, seats)
+        if expected.kv_bytes:
+            self._kv_ratio = taken.kv_bytes / expected.kv_bytes
+        self._compute_ratio = taken.compute_bytes / expected.compute_bytes
+
+    def _estimate(self, window_tokens: int, seats: int) -> Estimate:
+        return estimate(self._header, Layout(window_tokens, seats, self._threads))

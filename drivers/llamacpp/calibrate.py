@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from drivers.llamacpp import kvstate
 from drivers.llamacpp.slab import Slab
 from kernel.errors import Interrupted
 
@@ -34,6 +35,7 @@ class Costs:
     step_s: Mapping[int, float]  # of one decode step, by number of sequences
     prefill_token_s: float  # per prompt token in a chunk
     copy_token_s: float  # per token of KV, from one seat to another
+    dump_token_s: float = 0.0  # per token of KV, to bytes with a checksum, or back
 
 
 def measure(slab: Slab) -> Costs:
@@ -48,8 +50,9 @@ def measure(slab: Slab) -> Costs:
     chunk = min(slab.capacity_tokens, slab.window_tokens - 1, max(8, int(2 * PREFILL_S / step_cost_s[1])))
     prefill_s = _least_s(slab, 1, chunk, deadline_s)
     copy_s = min(_copy_s(slab, chunk) for _ in range(MOST_REPEATS))
+    dump_s = min(_dump_s(slab, chunk) for _ in range(MOST_REPEATS))
     slab.clear()
-    return Costs(step_cost_s, prefill_s / chunk, copy_s / chunk)
+    return Costs(step_cost_s, prefill_s / chunk, copy_s / chunk, dump_s / chunk)
 
 
 def _counts(seats: int) -> Iterator[int]:
@@ -75,6 +78,13 @@ def _copy_s(slab: Slab, tokens: int) -> float:
     """Of what the last pass left on the first seat, to the last one."""
     begin_s = time.perf_counter()
     slab.write(slab.seats - 1, slab.read(0), tokens)
+    return time.perf_counter() - begin_s
+
+
+def _dump_s(slab: Slab, tokens: int) -> float:
+    """To bytes, of what is on the first seat, with the checksum that a dump has; restoring takes as long."""
+    begin_s = time.perf_counter()
+    kvstate.pack(b"", [0] * tokens, slab.read(0))
     return time.perf_counter() - begin_s
 
 

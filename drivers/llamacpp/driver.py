@@ -56,7 +56,8 @@ class LlamaCppDriver:
 
     def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
         head = parts.read(model.path)
-        return confirm.confirm(head, estimate.setup_of(self._layout(head, options)))
+        decided = self._layout(head, options)
+        return estimate.of_all_slabs(confirm.confirm(head, estimate.setup_of(decided)), decided)
 
     def open(
         self,

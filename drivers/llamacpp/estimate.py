@@ -9,7 +9,7 @@ Not here: how an engine is laid out (layout.py), asking llama.cpp itself (confir
 
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from drivers.llamacpp.header import GGML_TYPES, Header, Tensor, type_number
@@ -44,19 +44,27 @@ class Setup:
 
 
 def setup_of(layout: Layout, on_gpu: bool = False) -> Setup:
-    """What this driver's engines are made with (slab.py)."""
-    chunk = max(CHUNK_TOKENS, layout.seats)
-    return Setup(layout.window_tokens, layout.seats, chunk, gpu_layers=ALL_LAYERS if on_gpu else 0)
+    """The largest slab that this driver's engines make (slab.py)."""
+    seats = max(1, layout.pool_tokens // layout.window_tokens)
+    chunk = max(CHUNK_TOKENS, seats)
+    return Setup(layout.window_tokens, seats, chunk, gpu_layers=ALL_LAYERS if on_gpu else 0)
 
 
 def estimate(header: Header, layout: Layout, on_gpu: bool = False) -> Estimate:
     """All of it, for the engine that this driver opens."""
     host, gpu = by_device(header, setup_of(layout, on_gpu))
-    return Estimate(
+    slab = Estimate(
         host.weights_bytes + gpu.weights_bytes,
         host.kv_bytes + gpu.kv_bytes,
         host.compute_bytes + gpu.compute_bytes,
     )
+    return of_all_slabs(slab, layout)
+
+
+def of_all_slabs(slab: Estimate, layout: Layout) -> Estimate:
+    """From an estimate for the largest slab: all of them share the KV tokens that the layout has."""
+    tokens = setup_of(layout).seats * layout.window_tokens
+    return replace(slab, kv_bytes=slab.kv_bytes * layout.pool_tokens // tokens)
 
 
 def by_device(header: Header, setup: Setup) -> tuple[Estimate, Estimate]:

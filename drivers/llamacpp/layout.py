@@ -13,8 +13,13 @@ from kernel.device import EngineOptions
 from kernel.errors import UsageError
 
 WINDOW_STEP_TOKENS: Final = 256  # llama.cpp pads every window to this
-DEFAULT_WINDOW_TOKENS: Final = 4096
-DEFAULT_SEATS: Final = 16
+SHORT_WINDOW_TOKENS: Final = 4096  # a default window is never cut below it for memory
+SHORTEST_TOKENS: Final = 1024  # the smallest class of window (budget.py)
+DEFAULT_KV_TOKENS: Final = 65_536
+DEFAULT_SEATS: Final = 64
+UNIFORM_SEATS: Final = 16  # where every seat has the same window
+DEFAULT_SHARE: Final = 4  # of the free RAM, this part at most
+_OTHER_CACHES: Final = (".attention.sliding_window", ".ssm.state_size", ".wkv.head_size")
 MAX_SEATS: Final = 256  # llama_max_parallel_sequences()
 MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
@@ -25,26 +30,46 @@ SMALL_FILE_BYTES: Final = 50_000_000  # below, a second thread costs more than i
 class Layout:
     """How an engine is laid out: every option decided."""
 
-    window_tokens: int
-    seats: int
+    window_tokens: int  # the largest; slabs may have smaller ones
+    seats: int  # most sequences at once
     threads: int
+    kv_tokens: int = 0  # that sequences of any length share; 0: each seat has a whole window
 
     @property
     def options(self) -> EngineOptions:
-        return EngineOptions(self.window_tokens, self.seats, self.threads)
+        return EngineOptions(self.window_tokens, self.seats, self.threads, self.kv_tokens)
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.kv_tokens or self.window_tokens * self.seats
 
 
 def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) -> Layout:
-    """Fill in what the options leave open. Raises UsageError for options out of range."""
+    """Fill in what the options leave open. Raises UsageError for options out of range.
+
+    Many short sequences share the memory that a few long ones would take. But where a number of sequences
+    is asked for, each has its whole window; and so where KV cannot be moved from one slab to another.
+    """
     form = shape(header)
     _check(options)
-    window = options.context_tokens or min(form.context_tokens, DEFAULT_WINDOW_TOKENS)
-    window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
-    seat_bytes = window * form.kv_bytes_per_token
-    fitting = free_bytes // 4 // seat_bytes if seat_bytes else DEFAULT_SEATS
-    seats = options.sequences or max(1, min(DEFAULT_SEATS, fitting))
     threads = options.threads or (1 if header.weights_bytes < SMALL_FILE_BYTES else cores)
-    return Layout(window, seats, threads)
+    token_bytes = form.kv_bytes_per_token
+    fitting = free_bytes // DEFAULT_SHARE // token_bytes if token_bytes else MAX_WINDOW_TOKENS
+    shares = bool(options.kv_tokens or not options.sequences) and _is_movable(header)
+    most = max(SHORT_WINDOW_TOKENS, fitting) if shares else SHORT_WINDOW_TOKENS
+    window = options.context_tokens or min(form.context_tokens, most - most % WINDOW_STEP_TOKENS)
+    window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
+    if not shares:
+        return Layout(window, options.sequences or max(1, min(UNIFORM_SEATS, fitting // window)), threads)
+    shortest = min(window, SHORTEST_TOKENS)
+    kv_tokens = options.kv_tokens or min(DEFAULT_KV_TOKENS, DEFAULT_SEATS * shortest, fitting)
+    kv_tokens = max(window, kv_tokens)
+    return Layout(window, options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest), threads, kv_tokens)
+
+
+def _is_movable(header: Header) -> bool:
+    """Whether the KV cache is of one part. Sliding windows and recurrent layers have others beside it."""
+    return not any(key.endswith(_OTHER_CACHES) for key in header.metadata)
 
 
 def _check(options: EngineOptions) -> None:
@@ -52,6 +77,8 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"a context of {options.context_tokens} tokens; at most {MAX_WINDOW_TOKENS}")
     if not 0 <= options.sequences <= MAX_SEATS:
         raise UsageError(f"{options.sequences} sequences; at most {MAX_SEATS}")
+    if not 0 <= options.kv_tokens <= MAX_SEATS * MAX_WINDOW_TOKENS:
+        raise UsageError(f"KV for {options.kv_tokens} tokens; at most {MAX_SEATS * MAX_WINDOW_TOKENS}")
     if not 0 <= options.threads <= 512:
         raise UsageError(f"{options.threads} threads; at most 512")
 

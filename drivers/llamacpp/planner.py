@@ -40,7 +40,7 @@ class Planner:
         passes: dict[int, Plan] = {}
         for sequence in sequences:
             quota = quota_tokens.get(sequence.id, 0)
-            if sequence.finish is not None or quota <= 0:
+            if sequence.rests or quota <= 0:
                 continue
             count = _wanted(sequence, quota)
             if sequence.sampling.exact and self._exact_alone:

@@ -1,0 +1,90 @@
+"""Opens an engine's parts: the weights, the first slab, and what is measured on it.
+
+Owner: the engine, which frees them. Not here: which layout (layout.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drivers.llamacpp import header, layout, native
+from drivers.llamacpp.budget import Budget, classes
+from drivers.llamacpp.buffers import Buffers, Sizes, admit
+from drivers.llamacpp.calibrate import Costs, measure
+from drivers.llamacpp.estimate import estimate
+from drivers.llamacpp.invariance import is_invariant
+from drivers.llamacpp.slab import Slab
+from drivers.llamacpp.slabs import Slabs
+from drivers.llamacpp.weights import Weights, fingerprint
+from kernel.device import EngineInfo, EngineOptions, LogLine, Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of."""
+
+    info: EngineInfo
+    weights: Weights
+    slabs: Slabs
+    costs: Costs
+    model: bytes  # the fingerprint of its file
+
+
+def load(
+    path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine, on_gpu: bool
+) -> Parts:
+    """Raises ModelNotFound, ModelInvalid, UsageError, AdmissionRefused, Interrupted."""
+    head = header.read(Path(path))
+    decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
+    admit(estimate(head, decided).total_bytes)
+    buffers = Buffers()
+    native.start(log, buffers.hear)
+    weights = Weights(path, on_gpu, progress)
+    try:
+        return _on(weights, head, decided, buffers, abort_flag)
+    except BaseException:
+        weights.free()
+        raise
+
+
+def _on(
+    weights: Weights, head: header.Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any
+) -> Parts:
+    """The rest, on loaded weights."""
+    sizes, expected = Sizes(head, decided.threads), estimate(head, decided)
+
+    def make(window_tokens: int, seats: int) -> Slab:
+        return Slab(weights, layout.Layout(window_tokens, seats, decided.threads), abort_flag)
+
+    def budget(windows: tuple[int, ...]) -> Budget:
+        limit_bytes = max(sum(sizes.correct(expected)), sizes.of(decided.window_tokens, 1))
+        return Budget(windows, decided.seats, limit_bytes, sizes.of)
+
+    windows = classes(decided.window_tokens) if decided.kv_tokens else (decided.window_tokens,)
+    first = make(windows[0], budget(windows).first_seats(windows[0]))
+    if not first.plain and (len(windows) > 1 or first.seats < decided.seats):  # KV cannot be moved
+        first.free()
+        buffers.forget_contexts()
+        windows = (decided.window_tokens,)
+        decided = layout.Layout(*windows, max(1, decided.pool_tokens // windows[0]), decided.threads)
+        first = make(decided.window_tokens, decided.seats)
+    try:
+        sizes.learn(first.window_tokens, first.seats, buffers)
+        costs = measure(first)
+    except BaseException:
+        first.free()
+        raise
+    kv_bytes, compute_bytes = sizes.correct(expected)
+    info = EngineInfo(
+        context_tokens=decided.window_tokens,
+        sequences=decided.seats,
+        weights_bytes=weights.bytes + buffers.repacked_bytes,
+        kv_bytes_per_token=buffers.kv_bytes // (first.window_tokens * first.seats),
+        kv_bytes=kv_bytes,
+        compute_bytes=compute_bytes,
+        step_cost_s=costs.step_s,
+        prefill_token_s=costs.prefill_token_s,
+        copy_token_s=costs.dump_token_s,
+    )
+    exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
+    return Parts(info, weights, Slabs(first, make, budget(windows), exact_alone), costs, fingerprint(head))
