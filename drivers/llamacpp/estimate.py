@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from drivers.llamacpp.header import GGML_TYPES, Header, Tensor, type_number
-from drivers.llamacpp.layout import CHUNK_TOKENS, Layout
+from drivers.llamacpp.layout import Layout, chunk_tokens
 from drivers.llamacpp.shape import Layer, Shape, shape
 from kernel.device import Estimate
 
@@ -46,7 +46,7 @@ class Setup:
 def setup_of(layout: Layout, on_gpu: bool = False) -> Setup:
     """The largest slab that this driver's engines make (slab.py)."""
     seats = max(1, layout.pool_tokens // layout.window_tokens)
-    chunk = max(CHUNK_TOKENS, seats)
+    chunk = chunk_tokens(layout.window_tokens, seats)
     return Setup(layout.window_tokens, seats, chunk, gpu_layers=ALL_LAYERS if on_gpu else 0)
 
 

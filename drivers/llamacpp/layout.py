@@ -23,6 +23,8 @@ _OTHER_CACHES: Final = (".attention.sliding_window", ".ssm.state_size", ".wkv.he
 MAX_SEATS: Final = 256  # llama_max_parallel_sequences()
 MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
+LONG_CHUNK_TOKENS: Final = 64  # where windows are long: a chunk's attention scores take memory for all of it
+LONG_WINDOW_TOKENS: Final = 8192
 SMALL_FILE_BYTES: Final = 50_000_000  # below, a second thread costs more than it gives
 
 
@@ -65,6 +67,11 @@ def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) 
     kv_tokens = options.kv_tokens or min(DEFAULT_KV_TOKENS, DEFAULT_SEATS * shortest, fitting)
     kv_tokens = max(window, kv_tokens)
     return Layout(window, options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest), threads, kv_tokens)
+
+
+def chunk_tokens(window_tokens: int, seats: int) -> int:
+    """Most tokens of one pass over a slab; at least one for each seat."""
+    return max(seats, CHUNK_TOKENS if window_tokens < LONG_WINDOW_TOKENS else LONG_CHUNK_TOKENS)
 
 
 def _is_movable(header: Header) -> bool:

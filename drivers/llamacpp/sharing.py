@@ -56,7 +56,7 @@ class Sharing:
             seating.take(holder.seat)
             return Seat(holder.seat, _cut(seating.slab, holder.seat, shared))
         seat = seating.vacate()
-        shared = self._copy(holder, seating.slab, seat, shared)
+        shared = self._copy(holder, seating.slab, seat, shared) if shared >= BLOCK_TOKENS else 0
         rest = common - shared
         if self._computes(holder) and rest >= BLOCK_TOKENS and self._pays(common, rest):
             return Seat(seat, shared, holder, common)
@@ -97,7 +97,7 @@ class Sharing:
         """Onto a seat that is taken, if it pays; returns how many tokens it got, 0 if none."""
         whole = holder.computed
         fits = whole <= slab.window_tokens
-        if tokens - have < BLOCK_TOKENS or not self._pays(whole if fits else _PART * whole, tokens - have):
+        if not self._pays(whole if fits else _PART * whole, tokens - have):
             return 0
         state = holder.slab.read(holder.seat) if fits else holder.slab.read_first(holder.seat, tokens, whole)
         slab.cut(seat, 0)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from drivers.llamacpp import native
-from drivers.llamacpp.layout import CHUNK_TOKENS, Layout
+from drivers.llamacpp.layout import Layout, chunk_tokens
 from drivers.llamacpp.native import lib
 from drivers.llamacpp.weights import Weights
 from kernel.errors import AdmissionRefused, KernelFault, WorkerDied
@@ -40,7 +40,7 @@ class Slab:
 
     def __init__(self, weights: Weights, layout: Layout, abort_flag: Any) -> None:
         self.seats = layout.seats
-        self.capacity_tokens = max(CHUNK_TOKENS, layout.seats)
+        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats)
         self._weights = weights
         self._abort_flag = abort_flag  # referenced for as long as native code reads it
         self.context = lib.llama_init_from_model(weights.handle, self._params(layout))
