@@ -59,6 +59,26 @@ def test_options_decide_the_layout() -> None:
     assert layout.decide(head, EngineOptions(300, 2, 5), 1 << 40, 8) == layout.Layout(512, 2, 5)
 
 
+def test_a_long_window_does_not_take_memory_for_many_long_sequences(tmp_path: Path) -> None:
+    long = header.read(write(tmp_path, Recipe(context_tokens=131_072)))
+    kv_bytes = layout.DEFAULT_KV_TOKENS * 2 * 2 * (16 + 16) * 2
+    plenty, tight = 100 * kv_bytes, 4 * kv_bytes
+    assert layout.decide(long, EngineOptions(), plenty, 2) == layout.Layout(131_072, 64, 1, 131_072)
+    assert layout.decide(long, EngineOptions(32_768), plenty, 2) == layout.Layout(32_768, 64, 1, 65_536)
+    assert layout.decide(long, EngineOptions(), tight, 2) == layout.Layout(65_536, 64, 1, 65_536)
+    assert layout.decide(long, EngineOptions(), 0, 2) == layout.Layout(4096, 4, 1, 4096)
+    assert layout.decide(long, EngineOptions(8192, 8), 0, 2) == layout.Layout(8192, 8, 1)  # as was asked for
+    for options in (EngineOptions(), EngineOptions(32_768), EngineOptions(8192, 8)):
+        decided = layout.decide(long, options, plenty, 2)
+        assert layout.decide(long, decided.options, tight, 2) == decided  # the worker decides the same
+
+
+def test_where_kv_cannot_be_moved_all_seats_are_alike(tmp_path: Path) -> None:
+    head = header.read(write(tmp_path, Recipe(context_tokens=131_072)))
+    head.metadata["llama.attention.sliding_window"] = 1024  # type: ignore[index]
+    assert layout.decide(head, EngineOptions(), 1 << 40, 2) == layout.Layout(4096, 16, 1)
+
+
 def test_truncated_anywhere(tmp_path: Path) -> None:
     blob = NANO.read_bytes()
     for size in [*range(0, 200, 7), 1000, 20_000, 40_000, len(blob) // 2, len(blob) - 1]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from drivers.llamacpp.budget import Budget, Use, classes
 from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.writer import Recipe
 from kernel.device import EngineOptions, Prompt, Sampling
@@ -357,3 +358,37 @@ def test_classes_end_at_the_window() -> None:
     assert classes(1024) == (1024,)
     assert classes(4096) == (1024, 4096)
     assert classes(131_072) == (1024, 4096, 16_384, 65_536, 131_072)
+
+
+def test_a_round_is_divided_where_that_is_cheaper() -> None:
+    curve = Curve({1: 3.0, 2: 9.0, 4: 12.5, 8: 18.0})
+    assert [curve.first(count) for count in (1, 2, 4, 8)] == [1, 1, 4, 8]
+    assert [curve.round_s(count) for count in (1, 2, 4, 8)] == [3.0, 6.0, 12.5, 18.0]
+    assert (curve.first(16), curve.round_s(16)) == (16, 36.0)  # not known, and not assumed to be better
+    curve.learn(16, 100.0)
+    assert (curve.first(16), curve.round_s(16)) == (8, 36.0)
+    even = Curve({1: 1.0, 2: 1.2, 4: 1.5})
+    assert [even.first(count) for count in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_divided_rounds_give_all_the_same_turns_and_tokens(
+    path: Path, whole: LlamaEngine, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Curve, "first", lambda _, sequences: min(part, sequences))
+    engine = open_quietly(path, EngineOptions(SHORT, 5))
+    prompts = [prompt_of(seq, 20 + seq, max_tokens=12) for seq in range(5)]
+    drawn: dict[int, list[int]] = {}
+    for seq, prompt in enumerate(prompts):
+        engine.open(seq, prompt, TOUCHY)
+        drawn[seq] = [step.token for step in steps(engine, seq, quota=20 + seq) if step.token is not None]
+    quota = dict.fromkeys(range(5), 100)
+    while event := engine.step(quota):
+        assert len(event.sequences) <= part
+        for step in event.sequences:
+            assert step.token is not None
+            drawn[step.seq].append(step.token)
+        lengths = {len(tokens) for tokens in drawn.values()}
+        assert max(lengths) - min(lengths) <= 1
+    assert list(drawn.values()) == [solo(whole, prompt, TOUCHY)[0] for prompt in prompts]
+    engine.shutdown()

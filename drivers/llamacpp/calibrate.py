@@ -2,15 +2,17 @@
 
 Batches of a few sequences can cost more per token than the same sequences one by one, so the curve
 is measured, not assumed. Bounded: about a third of a second for small models, a few passes for large.
-Not here: acting on it (the scheduler).
+Not here: acting on it (curve.py, and the scheduler).
 """
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from drivers.llamacpp import kvstate
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.slab import Slab
 from kernel.errors import Interrupted
 
@@ -53,6 +55,14 @@ def measure(slab: Slab) -> Costs:
     dump_s = min(_dump_s(slab, chunk) for _ in range(MOST_REPEATS))
     slab.clear()
     return Costs(step_cost_s, prefill_s / chunk, copy_s / chunk, dump_s / chunk)
+
+
+def measure_more(slab: Slab, curve: Curve) -> None:
+    """A new slab has more seats than any before: what does a pass of all of them cost? Leaves it empty."""
+    if slab.seats > curve.largest:
+        with suppress(Interrupted):  # somebody waits for this pass to end: it stays unknown
+            curve.learn(slab.seats, min(_pass_s(slab, slab.seats, 1) for _ in range(2)))
+        slab.clear()
 
 
 def _counts(seats: int) -> Iterator[int]:

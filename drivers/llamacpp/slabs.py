@@ -10,6 +10,8 @@ from typing import Final
 
 from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Room, Use
+from drivers.llamacpp.calibrate import measure_more
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.planner import Planner
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
@@ -25,10 +27,11 @@ MakeSlab = Callable[[int, int], Slab]
 class Slabs:
     """All seats of one engine."""
 
-    def __init__(self, first: Slab, make: MakeSlab, budget: Budget, exact_alone: bool) -> None:
+    def __init__(self, first: Slab, make: MakeSlab, budget: Budget, curve: Curve, exact_alone: bool) -> None:
         self.in_turn: list[Seating] = []  # the one whose last pass was longest ago first
         self._make = make
         self._budget = budget
+        self._curve = curve
         self._exact_alone = exact_alone
         self._add(first)
 
@@ -91,7 +94,9 @@ class Slabs:
     def _made(self, window: int, seats: int) -> Slab:
         """Once others have made room there is no way back."""
         try:
-            return self._make(window, seats)
+            slab = self._make(window, seats)
+            measure_more(slab, self._curve)
+            return slab
         except AdmissionRefused as error:
             raise WorkerDied(error.message, error.hint) from error
 
@@ -99,7 +104,7 @@ class Slabs:
         self.in_turn.insert(0, Seating(slab, self._planner(slab)))
 
     def _planner(self, slab: Slab) -> Planner:
-        return Planner(slab.capacity_tokens, self._exact_alone)
+        return Planner(slab.capacity_tokens, self._exact_alone, self._curve)
 
     def move(self, sequence: Sequence, tokens: int) -> None:
         """To a seat for so many tokens. Raises AdmissionRefused; then it sits where it was."""
