@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.writer import Recipe
 from drivers.prefixes import BLOCK_TOKENS, Prefixes
@@ -27,7 +28,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(path: Path) -> Iterator[LlamaEngine]:
     made = open_quietly(path, EngineOptions(sequences=SEATS))
-    made._sharing._costs = Costs({1: 1.0}, prefill_token_s=1.0, copy_token_s=0.001)  # whatever it measured
+    made._sharing._costs = Costs(
+        Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.001
+    )  # whatever it measured
     yield made
     made.shutdown()
 
@@ -181,7 +184,7 @@ def test_a_long_history_is_copied_from_and_not_cut(engine: LlamaEngine) -> None:
 
 
 def test_a_copy_that_costs_more_than_it_saves_is_not_made(engine: LlamaEngine) -> None:
-    engine._sharing._costs = Costs({1: 1.0}, prefill_token_s=1.0, copy_token_s=0.9)
+    engine._sharing._costs = Costs(Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.9)
     solo(engine, prompt_of(SYSTEM, words(1, 300), max_tokens=2), seq=0)
     assert engine.open(1, prompt_of(SYSTEM, words(2, 5)), GREEDY).shared_tokens == 0
     assert engine.open(2, prompt_of(SYSTEM, words(1, 250)), GREEDY).shared_tokens == len(SYSTEM) + 248

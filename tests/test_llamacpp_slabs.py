@@ -34,7 +34,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(path: Path) -> Iterator[LlamaEngine]:
     """Memory for three long sequences, or two and two short ones."""
     made = open_quietly(path, EngineOptions(WINDOW, SEATS, kv_tokens=3 * WINDOW))
-    made._sharing._costs = Costs({1: 1.0}, prefill_token_s=1.0, copy_token_s=0.001)  # whatever it measured
+    made._sharing._costs = Costs(
+        Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.001
+    )  # whatever it measured
     yield made
     made._slabs.check_integrity()
     made.shutdown()
@@ -361,14 +363,22 @@ def test_classes_end_at_the_window() -> None:
 
 
 def test_a_round_is_divided_where_that_is_cheaper() -> None:
-    curve = Curve({1: 3.0, 2: 9.0, 4: 12.5, 8: 18.0})
+    points = {1: 3.0, 2: 9.0, 4: 12.5, 8: 18.0}
+    curve = Curve([points, {size: 2 * cost for size, cost in points.items()}])
     assert [curve.first(count) for count in (1, 2, 4, 8)] == [1, 1, 4, 8]
     assert [curve.round_s(count) for count in (1, 2, 4, 8)] == [3.0, 6.0, 12.5, 18.0]
     assert (curve.first(16), curve.round_s(16)) == (16, 36.0)  # not known, and not assumed to be better
-    curve.learn(16, 100.0)
+    curve.learn(16, 200.0)
     assert (curve.first(16), curve.round_s(16)) == (8, 36.0)
-    even = Curve({1: 1.0, 2: 1.2, 4: 1.5})
+    assert curve.first(18) == 8 and curve.round_s(18) == 36.0 + 9.0
+    even = Curve(2 * [{1: 1.0, 2: 1.2, 4: 1.5}])
     assert [even.first(count) for count in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_division_that_was_cheaper_only_once_is_not_made() -> None:
+    assert Curve([{1: 3.0, 2: 9.0}, {1: 3.0, 2: 9.0}]).first(2) == 1
+    assert Curve([{1: 3.0, 2: 9.0}, {1: 3.0, 2: 6.5}]).first(2) == 2
+    assert Curve([{1: 3.0, 2: 9.0}]).first(2) == 2
 
 
 @pytest.mark.parametrize("part", [1, 2, 3])

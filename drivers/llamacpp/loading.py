@@ -11,7 +11,6 @@ from drivers.llamacpp import header, layout, native
 from drivers.llamacpp.budget import Budget, classes
 from drivers.llamacpp.buffers import Buffers, Sizes, admit
 from drivers.llamacpp.calibrate import Costs, measure
-from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.estimate import estimate
 from drivers.llamacpp.invariance import is_invariant
 from drivers.llamacpp.slab import Slab
@@ -75,7 +74,6 @@ def _on(
     except BaseException:
         first.free()
         raise
-    curve = Curve(costs.step_s)
     kv_bytes, compute_bytes = sizes.correct(expected)
     info = EngineInfo(
         context_tokens=decided.window_tokens,
@@ -84,10 +82,10 @@ def _on(
         kv_bytes_per_token=buffers.kv_bytes // (first.window_tokens * first.seats),
         kv_bytes=kv_bytes,
         compute_bytes=compute_bytes,
-        step_cost_s={count: curve.round_s(count) for count in costs.step_s},
+        step_cost_s={count: costs.curve.round_s(count) for count in costs.curve.least_s},
         prefill_token_s=costs.prefill_token_s,
         copy_token_s=costs.dump_token_s,
     )
     exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
-    slabs = Slabs(first, make, budget(windows), curve, exact_alone)
+    slabs = Slabs(first, make, budget(windows), costs.curve, exact_alone)
     return Parts(info, weights, slabs, costs, fingerprint(head))
