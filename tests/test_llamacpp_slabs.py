@@ -9,10 +9,12 @@ from ggufs import GREEDY, open_quietly, run, solo, steps, write
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Use, classes
 from drivers.llamacpp.calibrate import Costs
 from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.engine import LlamaEngine
+from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.writer import Recipe
 from kernel.device import EngineOptions, Prompt, Sampling
 from kernel.errors import AdmissionRefused
@@ -247,6 +249,31 @@ def test_slabs_take_turns(engine: LlamaEngine) -> None:
         for step in event.sequences:
             drawn[step.seq] += step.token is not None
     assert drawn == {0: 10, 1: 10}
+
+
+def test_where_kv_cannot_be_moved_there_is_one_slab(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with models that have sliding windows or recurrent layers."""
+    monkeypatch.setattr(Slab, "_learn_state_form", lambda slab: setattr(slab, "plain", False))
+    engine = open_quietly(path, EngineOptions(WINDOW, SEATS, kv_tokens=3 * WINDOW))
+    assert windows(engine) == {WINDOW: 3} and engine.info.sequences == 3
+    for seq in range(3):
+        engine.open(seq, prompt_of(seq, 30), GREEDY)
+    assert {finish for _, _, finish in run(engine, 0, 1, 2).values()} <= {"length", "stop"}
+    assert windows(engine) == {WINDOW: 3}
+    engine._slabs.check_integrity()
+    engine.shutdown()
+
+
+def test_other_programs_may_have_taken_the_memory(
+    engine: LlamaEngine, whole: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = prompt_of(1, 30), prompt_of(2, 1500)
+    engine.open(0, short, TOUCHY)
+    monkeypatch.setattr(layout, "free_ram_bytes", lambda: 1000)
+    with pytest.raises(AdmissionRefused, match="RAM"):
+        engine.open(1, long, TOUCHY)
+    engine.open(2, short, TOUCHY)  # there is a seat
+    assert run(engine, 0)[0] == solo(whole, short, TOUCHY)
 
 
 class Crowd:
