@@ -75,7 +75,8 @@ class Sizes:
         expected = self._expected(window_tokens, seats)
         if expected.kv_bytes:
             self._kv_ratio = taken.kv_bytes / expected.kv_bytes
-        self._compute_ratio = taken.compute_bytes / expected.compute_bytes
+        # where the first one took less than expected, larger ones may not
+        self._compute_ratio = max(1.0, taken.compute_bytes / expected.compute_bytes)
 
     def _estimate(self, window_tokens: int, seats: int) -> Estimate:
         return estimate(self._header, Layout(window_tokens, seats, self._threads))

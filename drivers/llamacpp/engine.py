@@ -89,7 +89,7 @@ class LlamaEngine:
         added = self._prompts.next(prompt, sequence.tokens)
         tokens = len(sequence.tokens) + len(added)
         if tokens > sequence.slab.window_tokens:
-            self._slabs.move(sequence, self._need(tokens, prompt.max_tokens))
+            self._slabs.move(sequence, self._need(tokens, tokens, prompt.max_tokens))
         self._forget(sequence)
         sequence.tokens += added
         sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
@@ -102,8 +102,8 @@ class LlamaEngine:
             raise UsageError(f"sequence {source} cannot be forked onto itself")
         drawn = sampling or original.sampling
         check(drawn)
-        left = original.max_tokens and original.prompt_tokens + original.max_tokens - len(original.tokens)
-        room = self._slabs.room(self._need(len(original.tokens), left), self._sequences.get(target))
+        need = self._need(len(original.tokens), original.prompt_tokens, original.max_tokens)
+        room = self._slabs.room(need, self._sequences.get(target))
         self.close(target)
         twin = original.copy(target, drawn, Sampler(drawn))
         seating = self._slabs.arrange(room)
@@ -236,8 +236,8 @@ class LlamaEngine:
         two tokens of a prompt (one alone is computed with other last bits), or one that was drawn.
         """
         check(sampling)
-        left = max_tokens and answer_at + max_tokens - len(tokens)
-        room = self._slabs.room(self._need(len(tokens), left), self._sequences.get(seq))
+        need = self._need(len(tokens), answer_at, max_tokens)
+        room = self._slabs.room(need, self._sequences.get(seq))
         self._end(seq)
         seating = self._slabs.arrange(room)
         most_tokens = 0 if sampling.exact else len(tokens) - (1 if answer_at < len(tokens) else 2)
@@ -253,10 +253,10 @@ class LlamaEngine:
             self._families.join(sequence, seat.kin, seat.kin_tokens)
         return sequence
 
-    def _need(self, tokens: int, answer_tokens: int) -> int:
-        """Tokens of the seat to look for, if so many of the answer are left (0: no limit)."""
-        answer_tokens = min(answer_tokens or ANSWER_TOKENS, ANSWER_TOKENS)
-        return min(tokens + max(1, answer_tokens), self.info.context_tokens)
+    def _need(self, tokens: int, answer_at: int, max_tokens: int) -> int:
+        """Tokens of the seat to look for: the history, and what is left of the answer, within reason."""
+        end = answer_at + max_tokens if max_tokens else tokens + ANSWER_TOKENS
+        return min(max(tokens, min(end, tokens + ANSWER_TOKENS)), self.info.context_tokens)
 
     def _check(self, seq: int) -> None:
         if self._closed:
