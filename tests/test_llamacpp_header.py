@@ -6,6 +6,7 @@ from pathlib import Path
 from struct import pack
 
 import pytest
+import zoo
 from ggufs import NANO, write
 
 from drivers.llamacpp import header, layout
@@ -73,10 +74,14 @@ def test_a_long_window_does_not_take_memory_for_many_long_sequences(tmp_path: Pa
         assert layout.decide(long, decided.options, tight, 2) == decided  # the worker decides the same
 
 
-def test_where_kv_cannot_be_moved_all_seats_are_alike(tmp_path: Path) -> None:
-    head = header.read(write(tmp_path, Recipe(context_tokens=131_072)))
-    head.metadata["llama.attention.sliding_window"] = 1024  # type: ignore[index]
-    assert layout.decide(head, EngineOptions(), 1 << 40, 2) == layout.Layout(4096, 16, 1)
+@pytest.mark.parametrize(("architecture", "movable"), [("qwen3", True), ("gemma3", False), ("mamba", False)])
+def test_where_kv_cannot_be_moved_all_seats_are_alike(
+    tmp_path: Path, architecture: str, movable: bool
+) -> None:
+    head = header.read(zoo.write(tmp_path, architecture, zoo.Size(context_tokens=32_768)))
+    decided = layout.decide(head, EngineOptions(), 1 << 40, 2)
+    alike, shared = layout.Layout(4096, 16, 1), layout.Layout(32_768, 64, 1, 65_536)
+    assert decided == (shared if movable else alike)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:

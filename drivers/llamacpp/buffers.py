@@ -57,9 +57,9 @@ class Buffers:
 class Sizes:
     """What slabs take: estimated from the header, and corrected by what the first one took."""
 
-    def __init__(self, header: Header, threads: int) -> None:
+    def __init__(self, header: Header, on_gpu: bool) -> None:
         self._header = header
-        self._threads = threads
+        self._on_gpu = on_gpu
         self._kv_ratio = self._compute_ratio = 1.0
         self._expected = cache(self._estimate)  # the planning of slabs asks often
 
@@ -79,4 +79,4 @@ class Sizes:
         self._compute_ratio = max(1.0, taken.compute_bytes / expected.compute_bytes)
 
     def _estimate(self, window_tokens: int, seats: int) -> Estimate:
-        return estimate(self._header, Layout(window_tokens, seats, self._threads))
+        return estimate(self._header, Layout(window_tokens, seats, threads=1), self._on_gpu)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from drivers.llamacpp.header import Header
-from drivers.llamacpp.shape import shape
+from drivers.llamacpp.shape import Shape, shape
 from kernel.device import EngineOptions
 from kernel.errors import UsageError
 
@@ -19,7 +19,6 @@ DEFAULT_KV_TOKENS: Final = 65_536
 DEFAULT_SEATS: Final = 64
 UNIFORM_SEATS: Final = 16  # where every seat has the same window
 DEFAULT_SHARE: Final = 4  # of the free RAM, this part at most
-_OTHER_CACHES: Final = (".attention.sliding_window", ".ssm.state_size", ".wkv.head_size")
 MAX_SEATS: Final = 256  # llama_max_parallel_sequences()
 MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
@@ -57,7 +56,7 @@ def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) 
     threads = options.threads or (1 if header.weights_bytes < SMALL_FILE_BYTES else cores)
     token_bytes = form.kv_bytes_per_token
     fitting = free_bytes // DEFAULT_SHARE // token_bytes if token_bytes else MAX_WINDOW_TOKENS
-    shares = bool(options.kv_tokens or not options.sequences) and _is_movable(header)
+    shares = bool(options.kv_tokens or not options.sequences) and _is_movable(form)
     most = max(SHORT_WINDOW_TOKENS, fitting) if shares else SHORT_WINDOW_TOKENS
     window = options.context_tokens or min(form.context_tokens, most - most % WINDOW_STEP_TOKENS)
     window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
@@ -74,9 +73,9 @@ def chunk_tokens(window_tokens: int, seats: int) -> int:
     return max(seats, CHUNK_TOKENS if window_tokens < LONG_WINDOW_TOKENS else LONG_CHUNK_TOKENS)
 
 
-def _is_movable(header: Header) -> bool:
+def _is_movable(form: Shape) -> bool:
     """Whether the KV cache is of one part. Sliding windows and recurrent layers have others beside it."""
-    return not any(key.endswith(_OTHER_CACHES) for key in header.metadata)
+    return not any(layer.state_width or layer.slides for layer in form.layers)
 
 
 def _check(options: EngineOptions) -> None:

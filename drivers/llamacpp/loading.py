@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drivers.llamacpp import header, layout, native
+from drivers.llamacpp import layout, native, parts
 from drivers.llamacpp.budget import Budget, classes
 from drivers.llamacpp.buffers import Buffers, Sizes, admit
 from drivers.llamacpp.calibrate import Costs, measure
 from drivers.llamacpp.estimate import estimate
+from drivers.llamacpp.header import Header
 from drivers.llamacpp.invariance import is_invariant
 from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.slabs import Slabs
@@ -34,9 +35,9 @@ def load(
     path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine, on_gpu: bool
 ) -> Parts:
     """Raises ModelNotFound, ModelInvalid, UsageError, AdmissionRefused, Interrupted."""
-    head = header.read(Path(path))
+    head = parts.read(Path(path))
     decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
-    admit(estimate(head, decided).total_bytes)
+    admit(estimate(head, decided, on_gpu).total_bytes)
     buffers = Buffers()
     native.start(log, buffers.hear)
     weights = Weights(path, on_gpu, progress)
@@ -47,11 +48,9 @@ def load(
         raise
 
 
-def _on(
-    weights: Weights, head: header.Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any
-) -> Parts:
+def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any) -> Parts:
     """The rest, on loaded weights."""
-    sizes, expected = Sizes(head, decided.threads), estimate(head, decided)
+    sizes, expected = Sizes(head, weights.on_gpu), estimate(head, decided, weights.on_gpu)
 
     def make(window_tokens: int, seats: int) -> Slab:
         return Slab(weights, layout.Layout(window_tokens, seats, decided.threads), abort_flag)
