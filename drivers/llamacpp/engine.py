@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from drivers.llamacpp import kvstate
 from drivers.llamacpp.families import Families
-from drivers.llamacpp.loading import Parts, load
+from drivers.llamacpp.loading import Loaded, load
 from drivers.llamacpp.passes import Passes
 from drivers.llamacpp.prompts import Prompts
 from drivers.llamacpp.sampler import Sampler, check
@@ -55,17 +55,17 @@ def _flag(abort_flag: Any) -> Any:
 class LlamaEngine:
     """Fills `kernel.device.Engine`."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.info = parts.info
-        self._weights = parts.weights
-        self._slabs = parts.slabs
-        self._model = parts.model
-        self._sharing = Sharing(parts.slabs, parts.costs, parts.weights.can_roll_back)
+    def __init__(self, loaded: Loaded) -> None:
+        self.info = loaded.info
+        self._weights = loaded.weights
+        self._slabs = loaded.slabs
+        self._model = loaded.model
+        self._sharing = Sharing(loaded.slabs, loaded.costs, loaded.weights.can_roll_back)
         self._families = Families(self._sharing)
-        self._passes = Passes(parts.weights)
-        self._prompts = Prompts(parts.weights, parts.info.context_tokens)
+        self._passes = Passes(loaded.weights)
+        self._prompts = Prompts(loaded.weights, loaded.info.context_tokens)
         self._sequences: dict[int, Sequence] = {}
-        self._complete: list[Sequence] = []  # when they were opened, and not told yet
+        self._complete: list[Sequence] = []  # already when they were opened; not told yet
         self._queue = PromptQueue()
         self._closed = False
 

@@ -4,6 +4,7 @@ Owner: the engine, which frees them. Not here: which layout (layout.py).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from drivers.llamacpp.invariance import is_invariant
 from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.slabs import Slabs
 from drivers.llamacpp.weights import Weights, fingerprint
-from kernel.device import EngineInfo, EngineOptions, LogLine, Progress
+from kernel.device import EngineInfo, EngineOptions, Estimate, LogLine, Progress
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Loaded:
     """What an engine is made of."""
 
     info: EngineInfo
@@ -33,7 +34,7 @@ class Parts:
 
 def load(
     path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine, on_gpu: bool
-) -> Parts:
+) -> Loaded:
     """Raises ModelNotFound, ModelInvalid, UsageError, AdmissionRefused, Interrupted."""
     head = parts.read(Path(path))
     decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
@@ -48,19 +49,12 @@ def load(
         raise
 
 
-def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any) -> Parts:
+def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any) -> Loaded:
     """The rest, on loaded weights."""
     sizes, expected = Sizes(head, weights.on_gpu), estimate(head, decided, weights.on_gpu)
-
-    def make(window_tokens: int, seats: int) -> Slab:
-        return Slab(weights, layout.Layout(window_tokens, seats, decided.threads), abort_flag)
-
-    def budget(windows: tuple[int, ...]) -> Budget:
-        limit_bytes = max(sum(sizes.correct(expected)), sizes.of(decided.window_tokens, 1))
-        return Budget(windows, decided.seats, limit_bytes, sizes.of)
-
+    make = partial(_slab, weights, decided.threads, abort_flag)
     windows = classes(decided.window_tokens) if decided.kv_tokens else (decided.window_tokens,)
-    first = make(windows[0], budget(windows).first_seats(windows[0]))
+    first = make(windows[0], _budget(decided, windows, sizes, expected).first_seats(windows[0]))
     if not first.plain and (len(windows) > 1 or first.seats < decided.seats):  # KV cannot be moved
         first.free()
         buffers.forget_contexts()
@@ -73,6 +67,8 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
     except BaseException:
         first.free()
         raise
+    exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
+    slabs = Slabs(first, make, _budget(decided, windows, sizes, expected), costs.curve, exact_alone)
     kv_bytes, compute_bytes = sizes.correct(expected)
     info = EngineInfo(
         context_tokens=decided.window_tokens,
@@ -85,6 +81,13 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
         prefill_token_s=costs.prefill_token_s,
         copy_token_s=costs.dump_token_s,
     )
-    exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
-    slabs = Slabs(first, make, budget(windows), costs.curve, exact_alone)
-    return Parts(info, weights, slabs, costs, fingerprint(head))
+    return Loaded(info, weights, slabs, costs, fingerprint(head))
+
+
+def _slab(weights: Weights, threads: int, abort_flag: Any, window_tokens: int, seats: int) -> Slab:
+    return Slab(weights, layout.Layout(window_tokens, seats, threads), abort_flag)
+
+
+def _budget(decided: layout.Layout, windows: tuple[int, ...], sizes: Sizes, expected: Estimate) -> Budget:
+    limit_bytes = max(sum(sizes.correct(expected)), sizes.of(decided.window_tokens, 1))
+    return Budget(windows, decided.seats, limit_bytes, sizes.of)

@@ -56,7 +56,8 @@ class Sharing:
             seating.take(holder.seat)
             return Seat(holder.seat, _cut(seating.slab, holder.seat, shared))
         seat = seating.vacate()
-        shared = self._copy(holder, seating.slab, seat, shared) if shared >= BLOCK_TOKENS else 0
+        pays = shared >= BLOCK_TOKENS and self._copy_pays(holder, seating.slab, shared)
+        shared = self._copy(holder, seating.slab, seat, shared) if pays else 0
         rest = common - shared
         if self._computes(holder) and rest >= BLOCK_TOKENS and self._pays(common, rest):
             return Seat(seat, shared, holder, common)
@@ -64,8 +65,8 @@ class Sharing:
 
     def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
         """Have a sequence that sits go on from what another one has computed of the tokens they share."""
-        if shared := self._copy(holder, sequence.slab, sequence.seat, tokens, sequence.computed):
-            sequence.computed = shared
+        if self._copy_pays(holder, sequence.slab, tokens - sequence.computed):
+            sequence.computed = self._copy(holder, sequence.slab, sequence.seat, tokens)
 
     def _longest(self, tokens: Tokens[int]) -> tuple[Sequence | None, int]:
         """Who begins with most of these tokens, computed or not yet, and with how many."""
@@ -93,15 +94,21 @@ class Sharing:
         """Whether copying so many tokens is cheaper than computing so many."""
         return copied * self._costs.copy_token_s < shared * self._costs.prefill_token_s
 
-    def _copy(self, holder: Sequence, slab: Slab, seat: int, tokens: int, have: int = 0) -> int:
-        """Onto a seat that is taken, if it pays; returns how many tokens it got, 0 if none."""
-        whole = holder.computed
-        fits = whole <= slab.window_tokens
-        if not self._pays(whole if fits else _PART * whole, tokens - have):
-            return 0
-        state = holder.slab.read(holder.seat) if fits else holder.slab.read_first(holder.seat, tokens, whole)
+    def _copy_pays(self, holder: Sequence, slab: Slab, gained: int) -> bool:
+        fits = holder.computed <= slab.window_tokens
+        return self._pays(holder.computed if fits else _PART * holder.computed, gained)
+
+    @staticmethod
+    def _copy(holder: Sequence, slab: Slab, seat: int, tokens: int) -> int:
+        """Onto a seat that is taken; returns how many tokens are there."""
+        computed = holder.computed
+        if computed <= slab.window_tokens:
+            state = holder.slab.read(holder.seat)
+        else:
+            state = holder.slab.read_first(holder.seat, tokens, computed)
+            computed = tokens
         slab.cut(seat, 0)
-        return _cut(slab, seat, tokens) if slab.write(seat, state, whole if fits else tokens) else 0
+        return _cut(slab, seat, tokens) if slab.write(seat, state, computed) else 0
 
 
 def _is_spare(holder: Sequence, shared: int, seating: Seating) -> bool:
