@@ -5,45 +5,52 @@ costs one step per block of the prompt that is known, however many seats there a
 `common_tokens` compares. Not here: what is done with what was found (the engine).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from typing import Final, Generic, TypeVar
 
 BLOCK_TOKENS: Final = 16
 
+Holder = TypeVar("Holder", bound=Hashable)
 
-class Prefixes:
-    """The blocks that each seat's KV cache begins with."""
+
+class Prefixes(Generic[Holder]):
+    """The blocks that each holder's KV cache begins with."""
 
     def __init__(self) -> None:
-        self._chains: dict[int, list[int]] = {}  # by seat: the hash of each of its blocks, in order
-        self._seats: dict[int, set[int]] = {}  # by hash: the seats that have this block; none is empty
+        self._chains: dict[Holder, list[int]] = {}  # the hash of each of its blocks, in order
+        self._holders: dict[int, dict[Holder, None]] = {}  # by hash: who has this block; none is empty
 
-    def learn(self, seat: int, tokens: Sequence[int], computed: int) -> None:
-        """A seat's cache has grown to the first `computed` of these tokens."""
-        chain = self._chains.setdefault(seat, [])
+    def learn(self, holder: Holder, tokens: Sequence[int], computed: int) -> None:
+        """A holder's cache has grown to the first `computed` of these tokens."""
+        chain = self._chains.setdefault(holder, [])
         at = len(chain) * BLOCK_TOKENS
         if computed - at >= BLOCK_TOKENS:
             for link in _links(tokens, at, computed, chain[-1] if chain else 0):
                 chain.append(link)
-                self._seats.setdefault(link, set()).add(seat)
+                self._holders.setdefault(link, {})[holder] = None
 
-    def forget(self, seat: int) -> None:
-        """A seat's cache is to be overwritten."""
-        for link in self._chains.pop(seat, ()):
-            self._seats[link].discard(seat)
-            if not self._seats[link]:
-                del self._seats[link]
+    def forget(self, holder: Holder) -> None:
+        """A holder's cache is to be overwritten, or cut."""
+        for link in self._chains.pop(holder, ()):
+            self._holders[link].pop(holder, None)
+            if not self._holders[link]:
+                del self._holders[link]
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The seats that have most blocks in common with these tokens, and the tokens in those blocks."""
-        found: set[int] = set()
+    def keep_only(self, holders: Collection[Holder]) -> None:
+        """All others' caches are gone."""
+        for gone in [each for each in self._chains if each not in holders]:
+            self.forget(gone)
+
+    def find(self, tokens: Sequence[int]) -> tuple[list[Holder], int]:
+        """Who has most blocks in common with these tokens, and the tokens in those blocks."""
+        found: dict[Holder, None] = {}
         common = 0
         for link in _links(tokens, 0, len(tokens), 0):
-            if link not in self._seats:
+            if link not in self._holders:
                 break
-            found = self._seats[link]
+            found = self._holders[link]
             common += BLOCK_TOKENS
-        return sorted(found), common
+        return list(found), common
 
 
 def _links(tokens: Sequence[int], begin: int, end: int, before: int) -> Iterator[int]:

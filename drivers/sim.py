@@ -125,7 +125,7 @@ class SimEngine:
         self._die = die  # how to end without a word; None: by WorkerDied
         self._sequences: dict[int, _Sequence] = {}
         self._kept: dict[int, _Sequence] = {}  # what closed ones left on their seats, if it is shared
-        self._prefixes = Prefixes()
+        self._prefixes: Prefixes[int] = Prefixes()
         self._queue = PromptQueue()
         self._steps = 0
         self._calls: dict[str, int] = {}
@@ -462,6 +462,9 @@ class SimDriver:
     def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
         info = _info(self._model(model.path), options)
         return Estimate(info.weights_bytes, info.kv_bytes, info.compute_bytes)
+
+    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        return self.estimate(model, options)
 
     def open(
         self, model: ModelInfo, device: DeviceInfo, options: EngineOptions, progress: Progress, log: LogLine

@@ -222,13 +222,13 @@ def _add_news(steps: list[SequenceStep], news: object) -> None:
 
 
 def encode_options(options: EngineOptions) -> list[object]:
-    return [options.context_tokens, options.sequences, options.threads]
+    return [options.context_tokens, options.sequences, options.threads, options.kv_tokens]
 
 
 def decode_options(header: object) -> EngineOptions:
     match header:
-        case [int(context_tokens), int(sequences), int(threads)]:
-            return EngineOptions(context_tokens, sequences, threads)
+        case [int(context_tokens), int(sequences), int(threads), int(kv_tokens)]:
+            return EngineOptions(context_tokens, sequences, threads, kv_tokens)
     raise Nonsense("options")
 
 

@@ -58,6 +58,7 @@ class EngineOptions:
     context_tokens: int = 0
     sequences: int = 0  # seats in the KV cache; 0 lets the driver choose
     threads: int = 0  # compute threads; 0 lets the driver choose
+    kv_tokens: int = 0  # KV cache for all sequences together; 0 lets the driver choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +325,13 @@ class Driver(Protocol):
         """Read the header in pure Python. Raises ModelInvalid, ModelNotFound."""
 
     def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        """Bytes needed, before loading."""
+        """Bytes needed, before loading: from the file's header, at once."""
+
+    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        """The same as the native library counts them, in a process of its own: slower, a second at most.
+
+        Raises ModelInvalid if it refuses the file, or dies of it.
+        """
 
     def open(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel.bus import Mailbox
-from kernel.device import EngineOptions, Estimate, HostSample, ModelInfo, Sampling
+from kernel.device import Driver, EngineOptions, Estimate, HostSample, ModelInfo, Sampling
 from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
@@ -244,13 +244,26 @@ class Syscalls:
         names = {view.name for view in used}
         return (*used, *(disk_view(entry) for entry in entries if entry.name not in names))
 
-    def inspect(self, model: str) -> tuple[ModelInfo, Estimate]:
+    def inspect(
+        self,
+        model: str,
+        options: EngineOptions = EngineOptions(),  # noqa: B008
+    ) -> tuple[ModelInfo, Estimate]:
         """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
+        info, driver, options = self._looked_at(model, options)
+        return info, driver.estimate(info, options)
+
+    def confirm(self, model: str, options: EngineOptions = EngineOptions()) -> Estimate:  # noqa: B008
+        """The bytes it would take as its native library counts them, in a dry run. Raises as `inspect`."""
+        info, driver, options = self._looked_at(model, options)
+        return driver.confirm(info, options)
+
+    def _looked_at(self, model: str, options: EngineOptions) -> tuple[ModelInfo, Driver, EngineOptions]:
         kernel = self._kernel
         entry = kernel.residency.resolve(model)
         driver = kernel.residency.driver(entry.path)
-        info = driver.inspect(entry.path)
-        return info, driver.estimate(info, kernel.parts.options)
+        chosen = kernel.parts.options if options == EngineOptions() else options
+        return driver.inspect(entry.path), driver, chosen
 
     # The whole
 

@@ -177,8 +177,9 @@ class Store:
             raise ModelInvalid(f"{path}: {kind}, not a model file")
         parts = tuple(path.with_name(part) for part in part_names(path.name))
         description = _DESCRIPTIONS.get(path, "")
+        size_bytes = sum(part.stat().st_size for part in parts if part.exists())
         return StoredModel(
-            stem(path.name), path, description, str(path.parent), parts=parts, size_bytes=status.st_size
+            stem(path.name), path, description, str(path.parent), parts=parts, size_bytes=size_bytes
         )
 
     def facts(self, name: str) -> Facts:

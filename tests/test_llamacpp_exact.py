@@ -12,6 +12,7 @@ from ggufs import new_flag, open_quietly, run, solo, write
 from drivers.llamacpp import header, native
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.invariance import is_invariant
+from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.writer import DType, Recipe
 from kernel.device import EngineOptions, Prompt, Sampling, SequenceStep
 
@@ -50,15 +51,14 @@ class Watch:
 
     def __init__(self, engine: LlamaEngine) -> None:
         self.bits: dict[tuple[int, int], bytes] = {}
-        self._engine = engine
-        self._draw = engine._draw
-        engine._draw = self._look  # type: ignore[method-assign]
+        self._draw = engine._passes.draw
+        engine._passes.draw = self._look  # type: ignore[method-assign]
 
-    def _look(self, ready: list[Any], rows: list[int]) -> list[int]:
-        for sequence, row in zip(ready, self._engine._slab.logits(), strict=False):
+    def _look(self, slab: Slab, ready: list[Any], rows: list[int]) -> list[int]:
+        for sequence, row in zip(ready, slab.logits(), strict=False):
             if sequence.sampling.exact:
                 self.bits[sequence.sampling.seed, len(sequence.tokens)] = row.tobytes()
-        return self._draw(ready, rows)
+        return self._draw(slab, ready, rows)
 
 
 class Engines:

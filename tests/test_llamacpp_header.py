@@ -6,6 +6,7 @@ from pathlib import Path
 from struct import pack
 
 import pytest
+import zoo
 from ggufs import NANO, write
 
 from drivers.llamacpp import header, layout
@@ -35,7 +36,8 @@ def test_good_header(tmp_path: Path) -> None:
 
 
 def test_vocabulary_is_stepped_over_unless_asked() -> None:
-    assert header.read(NANO).metadata["tokenizer.ggml.tokens"] == header.Skipped(1024)
+    skipped = header.read(NANO).metadata["tokenizer.ggml.tokens"]
+    assert isinstance(skipped, header.Skipped) and skipped.items == 1024
     tokens = header.read(NANO, frozenset({"tokenizer.ggml.tokens"})).metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, tuple) and tokens[:4] == ("<|pad|>", "<|bos|>", "<|im_end|>", "<|im_start|>")
 
@@ -51,11 +53,35 @@ def test_windows_of_the_file_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_decide_the_layout() -> None:
     head = header.read(NANO)
     chosen = layout.decide(head, EngineOptions(), free_bytes=1 << 40, cores=8)
-    assert chosen == layout.Layout(window_tokens=512, seats=16, threads=1)
+    assert chosen == layout.Layout(window_tokens=512, seats=64, threads=1, kv_tokens=64 * 512)
     seat_bytes = 512 * 2048
     assert layout.decide(head, EngineOptions(), free_bytes=4 * 3 * seat_bytes, cores=8).seats == 3
     assert layout.decide(head, EngineOptions(), free_bytes=0, cores=8).seats == 1
     assert layout.decide(head, EngineOptions(300, 2, 5), 1 << 40, 8) == layout.Layout(512, 2, 5)
+
+
+def test_a_long_window_does_not_take_memory_for_many_long_sequences(tmp_path: Path) -> None:
+    long = header.read(write(tmp_path, Recipe(context_tokens=131_072)))
+    kv_bytes = layout.DEFAULT_KV_TOKENS * 2 * 2 * (16 + 16) * 2
+    plenty, tight = 100 * kv_bytes, 4 * kv_bytes
+    assert layout.decide(long, EngineOptions(), plenty, 2) == layout.Layout(131_072, 64, 1, 131_072)
+    assert layout.decide(long, EngineOptions(32_768), plenty, 2) == layout.Layout(32_768, 64, 1, 65_536)
+    assert layout.decide(long, EngineOptions(), tight, 2) == layout.Layout(65_536, 64, 1, 65_536)
+    assert layout.decide(long, EngineOptions(), 0, 2) == layout.Layout(4096, 4, 1, 4096)
+    assert layout.decide(long, EngineOptions(8192, 8), 0, 2) == layout.Layout(8192, 8, 1)  # as was asked for
+    for options in (EngineOptions(), EngineOptions(32_768), EngineOptions(8192, 8)):
+        decided = layout.decide(long, options, plenty, 2)
+        assert layout.decide(long, decided.options, tight, 2) == decided  # the worker decides the same
+
+
+@pytest.mark.parametrize(("architecture", "movable"), [("qwen3", True), ("gemma3", False), ("mamba", False)])
+def test_where_kv_cannot_be_moved_all_seats_are_alike(
+    tmp_path: Path, architecture: str, movable: bool
+) -> None:
+    head = header.read(zoo.write(tmp_path, architecture, zoo.Size(context_tokens=32_768)))
+    decided = layout.decide(head, EngineOptions(), 1 << 40, 2)
+    alike, shared = layout.Layout(4096, 16, 1), layout.Layout(32_768, 64, 1, 65_536)
+    assert decided == (shared if movable else alike)
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:

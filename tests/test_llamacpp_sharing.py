@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.writer import Recipe
 from drivers.prefixes import BLOCK_TOKENS, Prefixes
@@ -27,7 +28,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(path: Path) -> Iterator[LlamaEngine]:
     made = open_quietly(path, EngineOptions(sequences=SEATS))
-    made._seating._costs = Costs({1: 1.0}, prefill_token_s=1.0, copy_token_s=0.001)  # whatever it measured
+    made._sharing._costs = Costs(
+        Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.001
+    )  # whatever it measured
     yield made
     made.shutdown()
 
@@ -36,7 +39,7 @@ def engine(path: Path) -> Iterator[LlamaEngine]:
 def fresh(path: Path) -> Iterator[LlamaEngine]:
     """An engine that shares nothing."""
     made = open_quietly(path, EngineOptions(sequences=1))
-    made._seating._keeps = False
+    made._sharing._keeps = False
     yield made
     made.shutdown()
 
@@ -181,7 +184,7 @@ def test_a_long_history_is_copied_from_and_not_cut(engine: LlamaEngine) -> None:
 
 
 def test_a_copy_that_costs_more_than_it_saves_is_not_made(engine: LlamaEngine) -> None:
-    engine._seating._costs = Costs({1: 1.0}, prefill_token_s=1.0, copy_token_s=0.9)
+    engine._sharing._costs = Costs(Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.9)
     solo(engine, prompt_of(SYSTEM, words(1, 300), max_tokens=2), seq=0)
     assert engine.open(1, prompt_of(SYSTEM, words(2, 5)), GREEDY).shared_tokens == 0
     assert engine.open(2, prompt_of(SYSTEM, words(1, 250)), GREEDY).shared_tokens == len(SYSTEM) + 248
@@ -263,7 +266,7 @@ tokens_lists = st.lists(st.integers(0, 2), max_size=70)
 
 @given(st.dictionaries(st.integers(0, 5), tokens_lists, max_size=5), tokens_lists)
 def test_index_finds_the_most_blocks_in_common(held: dict[int, list[int]], tokens: list[int]) -> None:
-    index = Prefixes()
+    index = Prefixes[int]()
     for seat, history in held.items():
         index.learn(seat, history, len(history) // 2)
         index.learn(seat, history, len(history))
@@ -276,7 +279,8 @@ def test_index_finds_the_most_blocks_in_common(held: dict[int, list[int]], token
 
     most = max(map(blocks, held.values()), default=0)
     expected = sorted(seat for seat, history in held.items() if most and blocks(history) == most)
-    assert index.find(tokens) == (expected, most * BLOCK_TOKENS)
+    found, common = index.find(tokens)
+    assert (sorted(found), common) == (expected, most * BLOCK_TOKENS)
     for seat in held:
         index.forget(seat)
-    assert index.find(tokens) == ([], 0) and not index._seats and not index._chains
+    assert index.find(tokens) == ([], 0) and not index._holders and not index._chains

@@ -327,6 +327,7 @@ def test_estimate_is_what_the_engine_takes() -> None:
     info = SimEngine(ENDLESS, options, lambda seconds: None).info
     assert estimate.total_bytes == info.weights_bytes + info.kv_bytes + info.compute_bytes
     assert estimate.kv_bytes == 3 * 100 * ENDLESS.kv_bytes_per_token
+    assert driver.confirm(driver.inspect(Path("nano.sim")), options) == estimate
 
 
 def test_model_comes_from_a_file_or_from_its_name(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from llmos import shelf
 from llmos.boot import boot
 from shell.commands.store import fit_of
 from shell.interpreter import run_line
+from shell.render import format_size
 from shell.session import Shell
 from shell.terminal import Output
+from tests import zoo
 from tests.ggufs import NANO
 from tests.shell_kit import Terminal
 
@@ -109,7 +111,7 @@ def test_fit_follows_what_is_free(shell: Shell) -> None:
 
     info, estimate = shell.system.inspect("nano")
     view = shell.system.snapshot()
-    (pool,) = view.pools
+    pool = next(pool for pool in view.pools if pool.name == "ram")
     (device,) = view.devices
     need = estimate.total_bytes
 
@@ -291,3 +293,35 @@ def test_a_read_only_folder_is_said(shell: Shell, own: Path) -> None:
     status, _, err = typed(shell, "cp nano mine")
     own.chmod(0o700)
     assert (status, "cannot be written" in err) == (1, True)
+
+
+def test_a_dry_run_says_what_a_load_would_take_and_loads_nothing(shell: Shell) -> None:
+    status, out, _ = typed(shell, "load nano --dry-run --ctx 1k --seats 3 --json")
+    told = json.loads(out)
+    assert (status, told["fit"], told["estimate"]["kv_bytes"]) == (0, "RAM", 3 * 1024 * 2048)
+    assert told["dry_run"]["total_bytes"] == pytest.approx(told["estimate"]["total_bytes"], rel=0.05)
+    _, out, _ = typed(shell, "load nano --dry-run --ctx 1k --seats 3")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["weights", "kv", "compute", "total", "fits"]
+    assert "kv          6.0 MiB    6.0 MiB" in out.splitlines()
+    assert all(model.state == "disk" for model in shell.system.models())
+    assert typed(shell, "load nano --json")[0] == 2
+
+
+def test_a_dry_run_of_what_llama_cpp_refuses_is_126(shell: Shell, own: Path) -> None:
+    (own / "odd.gguf").write_bytes(NANO.read_bytes().replace(b"token_embd.weight", b"tokex_embd.weight"))
+    assert typed(shell, "show odd")[0] == 0
+    status, _, err = typed(shell, "load odd --dry-run")
+    assert status == 126 and "llama.cpp refuses it" in err
+
+
+def test_a_model_in_parts_is_one_model(shell: Shell, own: Path) -> None:
+    parts = zoo.write_split(own, "qwen3", 3)
+    size_bytes = sum(part.stat().st_size for part in parts)
+    told = json.loads(typed(shell, "show qwen3 --json")[1])
+    assert (told["files"], told["info"]["file_bytes"]) == (3, size_bytes)
+    assert f"size          {format_size(size_bytes)} in 3 files" in typed(shell, f"show {parts[0]}")[1]
+    assert typed(shell, "load qwen3 --ctx 256 --seats 1")[0] == 0
+    status, out, _ = typed(shell, "run qwen3 hello --max-tokens 4 --ignore-eos")
+    assert status == 0 and out
+    status, _, err = typed(shell, f"show {parts[1]}")
+    assert status == 126 and "part 2 of a model in 3 files" in err and "qwen3-00001-of-00003" in err

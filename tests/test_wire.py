@@ -53,7 +53,9 @@ samplings = every_field(
     ignore_eos=st.booleans(),
     exact=st.booleans(),
 )
-options = every_field(EngineOptions, context_tokens=counts, sequences=counts, threads=counts)
+options = every_field(
+    EngineOptions, context_tokens=counts, sequences=counts, threads=counts, kv_tokens=counts
+)
 opened = every_field(Opened, tokens=token_tuples, shared_tokens=counts)
 infos = every_field(
     EngineInfo,

@@ -1,15 +1,21 @@
 """The memory an engine takes: asked for before the load, counted after it.
 
-Owner: `open_engine`, for the time of a load. Not here: how the need is estimated (layout.py).
+Owner: `open_engine`, for the time of a load. Not here: how the need is estimated (estimate.py).
 """
 
 import re
+from functools import cache
 from typing import Final
 
 from drivers.llamacpp import layout
+from drivers.llamacpp.estimate import estimate
+from drivers.llamacpp.header import Header
+from drivers.llamacpp.layout import Layout
+from kernel.device import Estimate
 from kernel.errors import AdmissionRefused
 
 MIB: Final = 1 << 20
+_CACHE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent): size =\s*([0-9.]+) MiB")
 _BUFFER = re.compile(r"(KV|RS|compute|output|_REPACK model)\s+buffer size\s*=\s*([0-9.]+) MiB")
 
 
@@ -28,10 +34,12 @@ class Buffers:
 
     def __init__(self) -> None:
         self.kv_bytes = 0
+        self.cache_bytes = 0  # the same as llama.cpp counts it, which it does in a dry run as well
         self.repacked_bytes = 0
         self.compute_bytes = 0
 
     def hear(self, _level: str, line: str) -> None:
+        self.cache_bytes += sum(round(float(size) * MIB) for size in _CACHE.findall(line))
         for kind, size in _BUFFER.findall(line):
             size_bytes = round(float(size) * MIB)
             if kind in ("KV", "RS"):
@@ -40,3 +48,35 @@ class Buffers:
                 self.repacked_bytes += size_bytes  # a second copy of some weights, in a faster order
             else:
                 self.compute_bytes += size_bytes
+
+    def forget_contexts(self) -> None:
+        """All contexts are freed."""
+        self.kv_bytes = self.compute_bytes = 0
+
+
+class Sizes:
+    """What slabs take: estimated from the header, and corrected by what the first one took."""
+
+    def __init__(self, header: Header, on_gpu: bool) -> None:
+        self._header = header
+        self._on_gpu = on_gpu
+        self._kv_ratio = self._compute_ratio = 1.0
+        self._expected = cache(self._estimate)  # the planning of slabs asks often
+
+    def of(self, window_tokens: int, seats: int) -> int:
+        """Bytes of a slab."""
+        return sum(self.correct(self._expected(window_tokens, seats)))
+
+    def correct(self, expected: Estimate) -> tuple[int, int]:
+        """(KV, compute) bytes of an estimate, as they will be."""
+        return round(expected.kv_bytes * self._kv_ratio), round(expected.compute_bytes * self._compute_ratio)
+
+    def learn(self, window_tokens: int, seats: int, taken: Buffers) -> None:
+        expected = self._expected(window_tokens, seats)
+        if expected.kv_bytes:
+            self._kv_ratio = taken.kv_bytes / expected.kv_bytes
+        # where the first one took less than expected, larger ones may not
+        self._compute_ratio = max(1.0, taken.compute_bytes / expected.compute_bytes)
+
+    def _estimate(self, window_tokens: int, seats: int) -> Estimate:
+        return estimate(self._header, Layout(window_tokens, seats, threads=1), self._on_gpu)

@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from drivers.llamacpp import header, layout
+from drivers.llamacpp import confirm, deadly, estimate, layout, parts, shape
+from drivers.llamacpp.header import Header
 from kernel.device import (
     DeviceInfo,
     EngineHost,
@@ -47,11 +48,16 @@ class LlamaCppDriver:
         return cpu, DeviceInfo("metal", "metal", "Apple GPU, memory shared with the CPU", ram_bytes)
 
     def inspect(self, path: Path) -> ModelInfo:
-        return layout.model_info(header.read(path))
+        return shape.model_info(parts.read(path))
 
     def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        head = header.read(model.path)
-        return layout.estimate(head, self._layout(head, options))
+        head = parts.read(model.path)
+        return estimate.estimate(head, self._layout(head, options))
+
+    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+        head = parts.read(model.path)
+        decided = self._layout(head, options)
+        return estimate.of_all_slabs(confirm.confirm(head, estimate.setup_of(decided)), decided)
 
     def open(
         self,
@@ -63,7 +69,9 @@ class LlamaCppDriver:
     ) -> EngineHost:
         if device.kind not in _FACTORIES:
             raise UsageError(f"GGUF models run on the CPU and on Metal, not on {device.name}")
-        decided = self._layout(header.read(model.path), options)
+        head = parts.read(model.path)
+        deadly.check_vocabulary(head)
+        decided = self._layout(head, options)
         if self.isolation == "none":
             return _open_inline(_FACTORIES[device.kind], model.path, decided.options, progress, log)
         from drivers.worker import WorkerHost
@@ -77,7 +85,7 @@ class LlamaCppDriver:
         )
 
     @staticmethod
-    def _layout(head: header.Header, options: EngineOptions) -> layout.Layout:
+    def _layout(head: Header, options: EngineOptions) -> layout.Layout:
         return layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
 
 

@@ -4,14 +4,14 @@ Of a family, one member at a time goes ahead; the others wait, and take its KV o
 the end of what they share. Who goes ahead needs a quota: if the first one has none in this quantum, the
 next takes over from where it is, so nobody waits for one that does not run, and each pays its part.
 
-Owner: the engine. Not here: who has what in common (seating.py), exact sequences (they share nothing).
+Owner: the engine. Not here: who has what in common (sharing.py), exact sequences (they share nothing).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
+from drivers.llamacpp.sharing import Sharing
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +22,7 @@ class Family:
     common_tokens: int
 
     def behind(self) -> list[Sequence]:
-        return [each for each in self.members if each.finish is None and each.computed < self.end(each)]
+        return [each for each in self.members if not each.rests and each.computed < self.end(each)]
 
     def end(self, member: Sequence) -> int:
         """How far a member may take over what another has computed."""
@@ -32,8 +32,8 @@ class Family:
 class Families:
     """All families of one engine; a sequence is in one of them at most."""
 
-    def __init__(self, seating: Seating) -> None:
-        self._seating = seating
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
         self._of: dict[int, Family] = {}  # by sequence
 
     def join(self, sequence: Sequence, kin: Sequence, common_tokens: int) -> None:
@@ -52,6 +52,8 @@ class Families:
 
     def prepare(self, quota_tokens: Mapping[int, int]) -> tuple[dict[int, int], set[int]]:
         """Before a pass: (tokens taken over, by sequence; the sequences that wait)."""
+        if not self._of:
+            return {}, set()
         taken: dict[int, int] = {}
         waiting: set[int] = set()
         for family in dict.fromkeys(self._of.values()):
@@ -73,6 +75,6 @@ class Families:
         waiting.update(member.id for member in others if member is not first)
         for member in through:
             before = member.computed
-            self._seating.take_over_from(first, member, min(family.end(member), first.computed))
+            self._sharing.take_over_from(first, member, min(family.end(member), first.computed))
             if member.computed > before:
                 taken[member.id] = member.computed - before

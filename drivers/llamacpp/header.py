@@ -3,7 +3,7 @@
 Nothing is loaded: a few megabytes at most are read, and arrays of strings (the vocabulary) are
 stepped over. What is refused here never reaches the native loader, which can abort the process.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-Not here: what the metadata mean for memory (layout.py).
+Not here: models in several files (parts.py), what the metadata mean (shape.py).
 """
 
 import os
@@ -16,8 +16,14 @@ from typing import Final
 from kernel.errors import ModelInvalid, ModelNotFound
 
 MAX_ITEMS: Final = 1 << 16  # metadata entries, tensors
-MAX_STRING_BYTES: Final = 1 << 24
-MAX_KEPT_NUMBERS: Final = 1024  # longer arrays are stepped over; per-layer lists are shorter
+MAX_KEY_BYTES: Final = (1 << 16) - 1
+MAX_NAME_BYTES: Final = 63  # of a tensor
+MAX_KEPT_BYTES: Final = 1 << 24  # of text in all; the largest chat templates have some 50,000
+MAX_LIST: Final = 1024  # longer arrays of numbers are stepped over; per-layer lists are shorter
+MAX_KEPT_NUMBERS: Final = 1 << 17  # in all lists
+MAX_KEPT_STRINGS: Final = 1 << 20  # of an array that is asked for
+MAX_STRINGS: Final = 1 << 23  # in all arrays that are stepped over; vocabularies have some 300,000
+MAX_STRINGS_BYTES: Final = 1 << 28
 WINDOW_BYTES: Final = 1 << 20
 
 GGML_TYPES: Final[dict[int, tuple[str, int, int]]] = {  # number: name, weights and bytes in a block
@@ -58,6 +64,12 @@ GGML_TYPES: Final[dict[int, tuple[str, int, int]]] = {  # number: name, weights 
     42: ("Q2_0", 64, 18),
 }
 
+
+def type_number(name: str) -> int:
+    """How files and llama.cpp call a type."""
+    return next(number for number, (known, _, _) in GGML_TYPES.items() if known == name)
+
+
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING: Final = 8
 _ARRAY: Final = 9
@@ -67,9 +79,12 @@ _U64 = Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An array that was stepped over."""
+    """An array that was stepped over, and where it is."""
 
     items: int
+    offset: int
+    size_bytes: int
+    is_text: bool
 
 
 Value = int | float | bool | str | tuple[int | float, ...] | tuple[str, ...] | Skipped
@@ -100,6 +115,7 @@ class Header:
     metadata: dict[str, Value]
     tensors: tuple[Tensor, ...]
     data_offset: int  # where the weights begin
+    parts: tuple["Header", ...] = ()  # of a model in several files: each one's own, in order
 
     @property
     def weights_bytes(self) -> int:
@@ -115,6 +131,10 @@ class _Reader:
         self._file_bytes = file_bytes
         self._window = b""
         self._window_at = 0
+        self._room_bytes = MAX_KEPT_BYTES
+        self._numbers = MAX_KEPT_NUMBERS  # that may still be kept
+        self._strings = MAX_STRINGS  # that may still be stepped over
+        self._strings_bytes = MAX_STRINGS_BYTES
 
     def _show(self, size: int) -> int:
         """Have `size` bytes from `at` on in the window; returns where they begin in it."""
@@ -143,18 +163,36 @@ class _Reader:
             raise ModelInvalid(f"{value} {what} are too many")
         return int(value)
 
-    def text(self) -> str:
-        return self.take(self.count("bytes in a string", MAX_STRING_BYTES)).decode("utf-8", "replace")
+    def text(self, what: str, limit: int = MAX_KEPT_BYTES) -> str:
+        """A string that is kept: there is a limit to all of them together."""
+        raw = self.take(self.count(f"bytes in {what}", min(limit, self._room_bytes)))
+        self._room_bytes -= len(raw)
+        return raw.decode("utf-8", "replace")
+
+    def texts(self, count: int) -> tuple[str, ...]:
+        if count > MAX_KEPT_STRINGS:
+            raise ModelInvalid(f"{count} strings are too many")
+        return tuple(self.text("a text") for _ in range(count))
 
     def skip(self, size: int) -> None:
         self.at += size
         if self.at > self._file_bytes:
             raise ModelInvalid("the file ends within its header")
 
+    def numbers(self, kind: str, count: int) -> tuple[int | float, ...] | None:
+        """An array of numbers; None if it is stepped over, being long."""
+        layout = Struct(f"<{count}{kind}") if count <= min(MAX_LIST, self._numbers) else None
+        if layout is None:
+            self.skip(count * Struct("<" + kind).size)
+            return None
+        self._numbers -= count
+        return layout.unpack(self.take(layout.size))
+
     def skip_strings(self, count: int) -> None:
         """Step over `count` strings, a window at a time. The inner loop is all a large vocabulary costs."""
         length = _U64.unpack_from
-        while count:
+        self._strings -= count
+        while count and self._strings >= 0 and self._strings_bytes >= 0:
             at = self._show(8)
             window, done = self._window, 0
             try:
@@ -164,7 +202,11 @@ class _Reader:
             except (error, OverflowError):
                 pass  # the next string begins beyond the window, or beyond any file
             count -= done
-            self.skip(self._window_at + at - self.at)
+            size = self._window_at + at - self.at
+            self._strings_bytes -= size
+            self.skip(size)
+        if self._strings < 0 or self._strings_bytes < 0:
+            raise ModelInvalid("too many strings")
 
 
 def read(path: Path, strings: frozenset[str] = frozenset()) -> Header:
@@ -200,9 +242,9 @@ def _read(path: Path, reader: _Reader, file_bytes: int, strings: frozenset[str])
     tensors, entries = reader.count("tensors", MAX_ITEMS), reader.count("metadata entries", MAX_ITEMS)
     metadata: dict[str, Value] = {}
     for _ in range(entries):
-        key = reader.text()
+        key = reader.text("a metadata key", MAX_KEY_BYTES)
         if key in metadata:
-            raise ModelInvalid(f"metadata key {key!r} occurs twice")
+            raise ModelInvalid(f"metadata key {key[:64]!r} occurs twice")
         metadata[key] = _value(reader, int(reader.number(_U32)), key in strings)
     table = tuple(_tensor(reader) for _ in range(tensors))
     data_offset = _aligned(reader.at, metadata)
@@ -212,28 +254,26 @@ def _read(path: Path, reader: _Reader, file_bytes: int, strings: frozenset[str])
 
 def _value(reader: _Reader, kind: int, keep_strings: bool) -> Value:
     if kind == _STRING:
-        return reader.text()
+        return reader.text("a text")
     if kind in _SCALARS:
         return reader.number(Struct("<" + _SCALARS[kind]))
     if kind != _ARRAY:
         raise ModelInvalid(f"unknown metadata type {kind}")
     item, count = int(reader.number(_U32)), reader.count("array items", 1 << 32)
+    begin = reader.at
     if item == _STRING:
         if keep_strings:
-            return tuple(reader.text() for _ in range(count))
+            return reader.texts(count)
         reader.skip_strings(count)
     elif item not in _SCALARS:
         raise ModelInvalid(f"unknown array type {item}")
-    elif count <= MAX_KEPT_NUMBERS:
-        layout = Struct(f"<{count}{_SCALARS[item]}")
-        return layout.unpack(reader.take(layout.size))
-    else:
-        reader.skip(count * Struct("<" + _SCALARS[item]).size)
-    return Skipped(count)
+    elif (numbers := reader.numbers(_SCALARS[item], count)) is not None:
+        return numbers
+    return Skipped(count, begin, reader.at - begin, item == _STRING)
 
 
 def _tensor(reader: _Reader) -> Tensor:
-    name = reader.text()
+    name = reader.text("a tensor's name", MAX_NAME_BYTES)
     n_dims = int(reader.number(_U32))
     if not 1 <= n_dims <= 4:
         raise ModelInvalid(f"tensor {name!r} has {n_dims} dimensions")

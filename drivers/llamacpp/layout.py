@@ -1,181 +1,81 @@
-"""What a header means for memory: the model's shape, its key-value cache, how many seats fit.
+"""How an engine is laid out: the window, the seats, the threads. Every option is decided here.
 
-Formulas measured exact for dense attention models; recurrent layers and compressed attention differ,
-and the numbers are corrected after the load (EngineInfo).
-Not here: reading the file (header.py).
+Not here: the model's shape (shape.py), what a layout takes (estimate.py).
 """
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Final
 
-from drivers.llamacpp.header import GGML_TYPES, Header, Skipped, Value
-from kernel.device import EngineOptions, Estimate, ModelInfo
-from kernel.errors import ModelInvalid, UsageError
+from drivers.llamacpp.header import Header
+from drivers.llamacpp.shape import Shape, shape
+from kernel.device import EngineOptions
+from kernel.errors import UsageError
 
 WINDOW_STEP_TOKENS: Final = 256  # llama.cpp pads every window to this
-DEFAULT_WINDOW_TOKENS: Final = 4096
-DEFAULT_SEATS: Final = 16
+SHORT_WINDOW_TOKENS: Final = 4096  # a default window is never cut below it for memory
+SHORTEST_TOKENS: Final = 1024  # the smallest class of window (budget.py)
+DEFAULT_KV_TOKENS: Final = 65_536
+DEFAULT_SEATS: Final = 64
+UNIFORM_SEATS: Final = 16  # where every seat has the same window
+DEFAULT_SHARE: Final = 4  # of the free RAM, this part at most
 MAX_SEATS: Final = 256  # llama_max_parallel_sequences()
 MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
+LONG_CHUNK_TOKENS: Final = 64  # where windows are long: a chunk's attention scores take memory for all of it
+LONG_WINDOW_TOKENS: Final = 8192
 SMALL_FILE_BYTES: Final = 50_000_000  # below, a second thread costs more than it gives
-MAX_LAYERS: Final = 512  # more make the native loader abort
-_REPACKED: Final = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})  # copied into another layout at load
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The hyper-parameters that memory depends on; 0 where an architecture has none."""
-
-    architecture: str
-    layers: int
-    width: int
-    ffn: int
-    heads: int
-    kv_heads: tuple[int, ...]  # per layer
-    key_length: int
-    value_length: int
-    context_tokens: int
-    vocabulary: int
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """At 16-bit keys and values."""
-        return 2 * sum(self.kv_heads) * (self.key_length + self.value_length)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How an engine is laid out: every option decided."""
 
-    window_tokens: int
-    seats: int
+    window_tokens: int  # the largest; slabs may have smaller ones
+    seats: int  # most sequences at once
     threads: int
+    kv_tokens: int = 0  # that sequences of any length share; 0: each seat has a whole window
 
     @property
     def options(self) -> EngineOptions:
-        return EngineOptions(self.window_tokens, self.seats, self.threads)
+        return EngineOptions(self.window_tokens, self.seats, self.threads, self.kv_tokens)
 
-
-class _Keys:
-    """Typed look-ups in the metadata; a value of the wrong kind is the file's fault."""
-
-    def __init__(self, header: Header, architecture: str) -> None:
-        self._metadata = header.metadata
-        self._prefix = architecture + "."
-
-    def whole(self, key: str, low: int, high: int, default: int = 0) -> int:
-        return self._whole(key, self._metadata.get(self._prefix + key, default), low, high, default)
-
-    def per_layer(self, key: str, layers: int, high: int, default: int) -> tuple[int, ...]:
-        value = self._metadata.get(self._prefix + key, default)
-        if not isinstance(value, tuple):
-            return (self._whole(key, value, 0, high, default),) * layers
-        if len(value) < layers:
-            raise ModelInvalid(f"{self._prefix}{key} lists {len(value)} of {layers} layers")
-        return tuple(self._whole(key, item, 0, high, default) for item in value[:layers])
-
-    def _whole(self, key: str, value: Value, low: int, high: int, default: int) -> int:
-        if not isinstance(value, int) or (not low <= value <= high and value != default):
-            raise ModelInvalid(f"{self._prefix}{key} is {value!r}; expected {low} to {high}")
-        return value
-
-
-def shape(header: Header) -> Shape:
-    """Read and check the hyper-parameters. Raises ModelInvalid for what the native loader would die of."""
-    architecture = _architecture(header)
-    keys = _Keys(header, architecture)
-    layers = keys.whole("block_count", 1, MAX_LAYERS, default=-1)
-    width = keys.whole("embedding_length", 1, 1 << 20, default=-1)
-    context = keys.whole("context_length", 1, 1 << 30, default=-1)
-    if -1 in (layers, width, context):
-        raise ModelInvalid(f"{header.path}: block_count, embedding_length or context_length is missing")
-    heads = max(keys.per_layer("attention.head_count", layers, 1 << 16, default=0))
-    head_width = width // heads if heads else 0
-    _check_norm(header, architecture)
-    return Shape(
-        architecture,
-        layers,
-        width,
-        max(keys.per_layer("feed_forward_length", layers, 1 << 24, default=0)),
-        heads,
-        keys.per_layer("attention.head_count_kv", layers, 1 << 16, default=heads),
-        keys.whole("attention.key_length", 1, 1 << 16, head_width),
-        keys.whole("attention.value_length", 1, 1 << 16, head_width),
-        context,
-        _vocabulary(header),
-    )
-
-
-def _architecture(header: Header) -> str:
-    architecture = header.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture.isprintable() or not architecture:
-        raise ModelInvalid(f"{header.path}: no general.architecture")
-    kind = header.metadata.get("general.type", "model")
-    if kind != "model":
-        raise ModelInvalid(f"{header.path}: holds a {str(kind)[:40]!r}, not a model")
-    parts = header.metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        hint = "join the parts with `llama-gguf-split --merge`"
-        raise ModelInvalid(f"{header.path}: one of {parts} parts of a model", hint)
-    return architecture
-
-
-def _check_norm(header: Header, architecture: str) -> None:
-    """A norm epsilon that is no number loads, and aborts the process at the first decode."""
-    for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
-        epsilon = header.metadata.get(f"{architecture}.attention.{key}", 1e-5)
-        if not isinstance(epsilon, float) or not math.isfinite(epsilon) or epsilon < 0:
-            raise ModelInvalid(f"{architecture}.attention.{key} is {epsilon!r}")
-
-
-def _vocabulary(header: Header) -> int:
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, Skipped) and tokens.items:
-        return tokens.items
-    if isinstance(tokens, tuple) and tokens:
-        return len(tokens)
-    raise ModelInvalid(f"{header.path}: no vocabulary")
-
-
-def model_info(header: Header) -> ModelInfo:
-    """The header in the kernel's words."""
-    form = shape(header)
-    return ModelInfo(
-        path=header.path,
-        format="gguf",
-        architecture=form.architecture,
-        file_bytes=header.file_bytes,
-        parameters=sum(tensor.weights for tensor in header.tensors),
-        context_tokens=form.context_tokens,
-        quantization=_quantization(header),
-        kv_bytes_per_token=form.kv_bytes_per_token,
-    )
-
-
-def _quantization(header: Header) -> str:
-    """The type that most weights have."""
-    weights: dict[int, int] = {}
-    for tensor in header.tensors:
-        weights[tensor.type] = weights.get(tensor.type, 0) + tensor.weights
-    if not weights:
-        raise ModelInvalid(f"{header.path}: no tensors")
-    return GGML_TYPES[max(weights, key=lambda kind: weights[kind])][0]
+    @property
+    def pool_tokens(self) -> int:
+        return self.kv_tokens or self.window_tokens * self.seats
 
 
 def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) -> Layout:
-    """Fill in what the options leave open. Raises UsageError for options out of range."""
+    """Fill in what the options leave open. Raises UsageError for options out of range.
+
+    Many short sequences share the memory that a few long ones would take. But where a number of sequences
+    is asked for, each has its whole window; and so where KV cannot be moved from one slab to another.
+    """
     form = shape(header)
     _check(options)
-    window = options.context_tokens or min(form.context_tokens, DEFAULT_WINDOW_TOKENS)
-    window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
-    seat_bytes = window * form.kv_bytes_per_token
-    fitting = free_bytes // 4 // seat_bytes if seat_bytes else DEFAULT_SEATS
-    seats = options.sequences or max(1, min(DEFAULT_SEATS, fitting))
     threads = options.threads or (1 if header.weights_bytes < SMALL_FILE_BYTES else cores)
-    return Layout(window, seats, threads)
+    token_bytes = form.kv_bytes_per_token
+    fitting = free_bytes // DEFAULT_SHARE // token_bytes if token_bytes else MAX_WINDOW_TOKENS
+    shares = bool(options.kv_tokens or not options.sequences) and _is_movable(form)
+    most = max(SHORT_WINDOW_TOKENS, fitting) if shares else SHORT_WINDOW_TOKENS
+    window = options.context_tokens or min(form.context_tokens, most - most % WINDOW_STEP_TOKENS)
+    window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
+    if not shares:
+        return Layout(window, options.sequences or max(1, min(UNIFORM_SEATS, fitting // window)), threads)
+    shortest = min(window, SHORTEST_TOKENS)
+    kv_tokens = options.kv_tokens or min(DEFAULT_KV_TOKENS, DEFAULT_SEATS * shortest, fitting)
+    kv_tokens = max(window, kv_tokens)
+    return Layout(window, options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest), threads, kv_tokens)
+
+
+def chunk_tokens(window_tokens: int, seats: int) -> int:
+    """Most tokens of one pass over a slab; at least one for each seat."""
+    return max(seats, CHUNK_TOKENS if window_tokens < LONG_WINDOW_TOKENS else LONG_CHUNK_TOKENS)
+
+
+def _is_movable(form: Shape) -> bool:
+    """Whether the KV cache is of one part. Sliding windows and recurrent layers have others beside it."""
+    return not any(layer.state_width or layer.slides for layer in form.layers)
 
 
 def _check(options: EngineOptions) -> None:
@@ -183,29 +83,10 @@ def _check(options: EngineOptions) -> None:
         raise UsageError(f"a context of {options.context_tokens} tokens; at most {MAX_WINDOW_TOKENS}")
     if not 0 <= options.sequences <= MAX_SEATS:
         raise UsageError(f"{options.sequences} sequences; at most {MAX_SEATS}")
+    if not 0 <= options.kv_tokens <= MAX_SEATS * MAX_WINDOW_TOKENS:
+        raise UsageError(f"KV for {options.kv_tokens} tokens; at most {MAX_SEATS * MAX_WINDOW_TOKENS}")
     if not 0 <= options.threads <= 512:
         raise UsageError(f"{options.threads} threads; at most 512")
-
-
-def estimate(header: Header, layout: Layout) -> Estimate:
-    """Bytes before the load; the compute buffer is right within about 15 %."""
-    form = shape(header)
-    kv_bytes = layout.seats * layout.window_tokens * form.kv_bytes_per_token
-    chunk = max(CHUNK_TOKENS, layout.seats)
-    logits = 4 * form.vocabulary * layout.seats
-    work = max(logits, 4 * chunk * (4 * form.ffn + form.width))
-    scores = 4 * chunk * layout.window_tokens * form.heads  # flash attention is off
-    return Estimate(header.weights_bytes + _repacked_bytes(header), kv_bytes, logits + work + scores)
-
-
-def _repacked_bytes(header: Header) -> int:
-    return sum(
-        tensor.size_bytes
-        for tensor in header.tensors
-        if GGML_TYPES[tensor.type][0] in _REPACKED
-        and len(tensor.dims) == 2
-        and tensor.name != "token_embd.weight"
-    )
 
 
 def cores() -> int:

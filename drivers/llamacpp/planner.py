@@ -5,7 +5,8 @@ token, or chunks of prompts, of equal length. They take turns when both have som
 passes would not be faster (llama.cpp cuts them into parts of equal length, and each part reads the
 weights again), and the parts could be single tokens: attention over one row is computed by another
 kernel than over several, with other last bits, so a prompt's logits would depend on its neighbours.
-For the same reason a prompt is not cut so that one token is left.
+For the same reason a prompt is not cut so that one token is left. Where several passes of a few sequences
+each take less time than one of all, those that wait for their next token are divided into such passes.
 
 An exact sequence is cut by its own positions only, whatever its quota; and where the logits of a row
 depend on how many rows are computed with it, each exact one has passes of its own, in turn with the others.
@@ -15,6 +16,7 @@ Not here: how much each may compute (quotas are the scheduler's).
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.sequence import Sequence
 
 Plan = list[tuple[Sequence, int]]  # sequence, how many of its tokens
@@ -27,8 +29,10 @@ _DECODING: Final = -1
 class Planner:
     """Plans passes for one engine, and remembers whose turn it is."""
 
-    def __init__(self, room_tokens: int, exact_alone: bool) -> None:
+    def __init__(self, room_tokens: int, exact_alone: bool, curve: Curve) -> None:
         self._room_tokens = room_tokens  # of one pass; at least the number of seats
+        self._curve = curve
+        self._next_seat = 0  # where the round of those who draw goes on, if it is divided
         self._exact_alone = exact_alone
         self._had_turn: dict[int, int] = {}  # by kind of pass: when it was last planned
         self._passes = 0
@@ -40,7 +44,7 @@ class Planner:
         passes: dict[int, Plan] = {}
         for sequence in sequences:
             quota = quota_tokens.get(sequence.id, 0)
-            if sequence.finish is not None or quota <= 0:
+            if sequence.rests or quota <= 0:
                 continue
             count = _wanted(sequence, quota)
             if sequence.sampling.exact and self._exact_alone:
@@ -51,7 +55,15 @@ class Planner:
             passes[_PROMPTS] = _chunks(prompts, quota_tokens, self._room_tokens)
         if decoding:
             passes[_DECODING] = decoding
-        return self._next_of(passes)
+        plan = self._next_of(passes)
+        return self._part(plan) if plan is decoding and self._curve.first(len(plan)) < len(plan) else plan
+
+    def _part(self, decoding: Plan) -> Plan:
+        """The next ones of a round: neighbours, since a gap between seats costs another pass."""
+        left = [each for each in decoding if each[0].seat >= self._next_seat] or decoding
+        part = left[: self._curve.first(len(left))]
+        self._next_seat = part[-1][0].seat + 1
+        return part
 
     def _next_of(self, passes: Mapping[int, Plan]) -> Plan:
         """The one that has waited longest."""

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from drivers.llamacpp import native
-from drivers.llamacpp.layout import CHUNK_TOKENS, Layout
+from drivers.llamacpp.layout import Layout, chunk_tokens
 from drivers.llamacpp.native import lib
 from drivers.llamacpp.weights import Weights
-from kernel.errors import AdmissionRefused, KernelFault
+from kernel.errors import AdmissionRefused, KernelFault, WorkerDied
 
 ABORTED = 2
 _STATE_HEAD_BYTES = 12
@@ -40,7 +40,7 @@ class Slab:
 
     def __init__(self, weights: Weights, layout: Layout, abort_flag: Any) -> None:
         self.seats = layout.seats
-        self.capacity_tokens = max(CHUNK_TOKENS, layout.seats)
+        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats)
         self._weights = weights
         self._abort_flag = abort_flag  # referenced for as long as native code reads it
         self.context = lib.llama_init_from_model(weights.handle, self._params(layout))
@@ -150,13 +150,23 @@ class Slab:
     def read(self, seat: int) -> State:
         """The KV state of a seat; of a plain cache in a form that a slab of any number of seats takes."""
         state = self._native_state(seat)
-        if not self._plain:
+        if not self.plain:
             return state
         return state[_STATE_HEAD_BYTES + 4 * seat : state.size - 4 * (self.seats - 1 - seat)]
 
+    def read_first(self, seat: int, tokens: int, computed: int) -> State:
+        """The KV state of the first tokens of a seat. The native form cannot be cut, so the seat is."""
+        whole = self.read(seat)
+        self.cut(seat, tokens)
+        first = self.read(seat)
+        self.cut(seat, 0)
+        if not self.write(seat, whole, computed):
+            raise WorkerDied("llama.cpp did not take back the state of a sequence")
+        return first
+
     def write(self, seat: int, state: State, tokens: int) -> bool:
         """Put a KV state of so many tokens into an empty seat. False if it is none; the seat stays empty."""
-        if self._plain:
+        if self.plain:
             state = np.concatenate((self._state_head, state, np.zeros(4 * (self.seats - 1), np.uint8)))
         taken = lib.llama_state_seq_set_data(self.context, _pointer(state, ctypes.c_uint8), state.size, seat)
         if taken == state.size and self.computed(seat) == tokens:
@@ -179,7 +189,7 @@ class Slab:
         empty seat, and are left as they are.
         """
         empty = self._native_state(0)
-        self._plain = empty.size == _STATE_HEAD_BYTES + 4 * self.seats and not empty[_STATE_HEAD_BYTES:].any()
+        self.plain = empty.size == _STATE_HEAD_BYTES + 4 * self.seats and not empty[_STATE_HEAD_BYTES:].any()
         self._state_head = empty[:_STATE_HEAD_BYTES]
 
     def free(self) -> None:

@@ -144,14 +144,15 @@ class _Told:
 
 
 def fingerprint(header: Header) -> bytes:
-    """16 bytes that tell one model file from another: its header and samples of its weights."""
+    """16 bytes that tell one model from another: the headers of its files and samples of their weights."""
     digest = blake2b(digest_size=16)
-    with Path(header.path).open("rb") as file:
-        left = header.data_offset
-        while left > 0 and (piece := file.read(min(left, 1 << 20))):
-            digest.update(piece)
-            left -= len(piece)
-        for sample in range(16):
-            file.seek(header.data_offset + (header.file_bytes - header.data_offset) * sample // 16)
-            digest.update(file.read(4096))
+    for part in header.parts or (header,):
+        with Path(part.path).open("rb") as file:
+            left = part.data_offset
+            while left > 0 and (piece := file.read(min(left, 1 << 20))):
+                digest.update(piece)
+                left -= len(piece)
+            for sample in range(16):
+                file.seek(part.data_offset + (part.file_bytes - part.data_offset) * sample // 16)
+                digest.update(file.read(4096))
     return digest.digest()

@@ -17,7 +17,7 @@ from kernel.errors import (
 from kernel.snapshot import ModelView, SystemView
 from kernel.syscall import EngineOptions, ModelInfo
 from shell.commands.run import tokens
-from shell.commands.store import fit_of
+from shell.commands.store import fit_of, sizes_of
 from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
 from shell.render import (
@@ -45,9 +45,15 @@ def _load_arguments(parser: Arguments) -> None:
         "--seats", type=tokens, default=0, metavar="N", help="processes that can hold their KV at once"
     )
     parser.add("--threads", type=tokens, default=0, metavar="N", help="compute threads")
+    parser.add("--dry-run", action="store_true", help="load nothing: say what it would take")
+    parser.add("--json", action="store_true", help="with --dry-run: one object, in bytes")
 
 
 def _load(shell: Shell, args: Namespace) -> int:
+    if args.json and not args.dry_run:
+        raise UsageError("load: --json goes with --dry-run", "`models --json` tells of what is loaded")
+    if args.dry_run:
+        return _dry_run(shell, args)
     head = _head(args.model)
     if head == _CHECKPOINT:
         return start(shell, shell.system.restore(Path(args.model), sink_of(shell.frame)))
@@ -68,6 +74,24 @@ def _load_model(shell: Shell, args: Namespace) -> int:
         return 0
     view = _wait_load(shell, args.model, view.name, began_s)
     shell.note(_loaded(view, time.monotonic() - began_s))
+    return 0
+
+
+def _dry_run(shell: Shell, args: Namespace) -> int:
+    """The estimate from the header, and beside it what the native library's own dry run says."""
+    options = EngineOptions(args.ctx, args.seats, args.threads)
+    info, expected = shell.system.inspect(args.model, options)
+    confirmed = shell.system.confirm(args.model, options)
+    fits = fit_of(info, confirmed, shell.system.snapshot())
+    columns = {"estimate": sizes_of(expected), "dry_run": sizes_of(confirmed)}
+    if args.json or shell.json:
+        shell.out.line(to_json({"path": str(info.path), **columns, "fit": fits}))
+        return 0
+    shell.out.line(f"{'':<8} {'estimate':>10} {'dry run':>10}")
+    for kind in columns["estimate"]:
+        cells = " ".join(f"{format_size(column[kind]):>10}" for column in columns.values())
+        shell.out.line(f"{kind.removesuffix('_bytes'):<8} {cells}")
+    shell.out.line(f"fits in {fits:>11}")
     return 0
 
 
@@ -222,7 +246,7 @@ SPECS = (
         "load a model, or continue a checkpoint as a new process",
         _load,
         _load_arguments,
-        ("load nano", "load ~/models/qwen3-8b.gguf --ctx 8k", "load work.ckpt &"),
+        ("load nano", "load qwen3-8b --ctx 8k", "load qwen3-8b --ctx 32k --dry-run", "load work.ckpt &"),
         notes="^C cancels. With `&` it loads in the background.",
         group="models",
         background=True,

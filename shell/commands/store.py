@@ -80,7 +80,7 @@ def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
     info, estimate = shell.system.inspect(str(facts.path))
     fits = fit_of(info, estimate, shell.system.snapshot())
     if args.json or shell.json:
-        needs = {**asdict(estimate), "total_bytes": estimate.total_bytes}
+        needs = sizes_of(estimate)
         told = {"name": facts.name, "path": str(facts.path), "origin": facts.origin, "files": facts.files}
         more = {"metadata": dict(facts.metadata), "chat_template": facts.chat_template}
         shell.out.line(to_json({**told, "info": asdict(info), "estimate": needs, "fit": fits, **more}))
@@ -88,6 +88,11 @@ def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
     for label, text in _rows(facts, info, estimate, fits):
         shell.out.line(f"{label:<13} {one_line(text)}")
     return 0
+
+
+def sizes_of(estimate: Estimate) -> dict[str, int]:
+    """For --json, and for who wants them all."""
+    return {**asdict(estimate), "total_bytes": estimate.total_bytes}
 
 
 def _rows(facts: Facts, info: ModelInfo, estimate: Estimate, fits: str) -> list[tuple[str, str]]:
@@ -108,7 +113,7 @@ def _rows(facts: Facts, info: ModelInfo, estimate: Estimate, fits: str) -> list[
         ("quantization", info.quantization),
         ("size", format_size(facts.size_bytes) + files),
         ("context", f"{info.context_tokens} tokens"),
-        ("KV", f"{format_size(info.kv_bytes_per_token)} per token"),
+        ("KV", f"{format_size(info.kv_bytes_per_token)} per token" if info.kv_bytes_per_token else "none"),
         ("chat template", "yes" if facts.chat_template else "no"),
         ("needs", f"{needs} = {format_size(estimate.total_bytes)}"),
         ("fits in", fits),

@@ -1,0 +1,128 @@
+"""What a prompt takes over from KV that is there already: from who sits, or from what was kept.
+
+A prompt that begins as another did need not be computed again where copying is cheaper.
+Owner: the engine. Not here: who computes a prompt that several are about to compute (families.py), how
+much may be shared at most (the engine says).
+"""
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from typing import Final
+
+from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.seating import Seating
+from drivers.llamacpp.sequence import Sequence
+from drivers.llamacpp.slab import Slab
+from drivers.llamacpp.slabs import Slabs
+from drivers.prefixes import BLOCK_TOKENS, Prefixes, common_tokens
+
+_PART: Final = 3  # a part of a cache is copied by three copies: it is taken apart, and put together again
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A seat that was taken."""
+
+    number: int
+    shared_tokens: int = 0  # that its cache has already
+    kin: Sequence | None = None  # a running sequence that is about to compute more of what is wanted
+    kin_tokens: int = 0  # how much of it they have in common
+
+
+class Sharing:
+    """For one engine: who has computed what."""
+
+    def __init__(self, slabs: Slabs, costs: Costs, keeps: bool) -> None:
+        self._slabs = slabs
+        self._costs = costs
+        self._keeps = keeps  # whether the model's cache can be cut back to a prefix
+        self._prefixes: Prefixes[Sequence] = Prefixes()
+
+    def leave(self, sequence: Sequence) -> None:
+        """It ends; what it has computed stays on its seat until that is needed."""
+        keep = self._keeps and sequence.computed >= BLOCK_TOKENS
+        self._slabs.of(sequence).leave(sequence, keep=keep)
+        self._prefixes.forget(sequence)
+        if keep:
+            del sequence.tokens[sequence.computed :]
+
+    def take(self, seating: Seating, tokens: Tokens[int], most_tokens: int) -> Seat:
+        """A free seat of a slab; of these tokens its cache may have so many at most, from others."""
+        holder, common = self._longest(tokens[:most_tokens])
+        if holder is None:
+            return Seat(seating.vacate())
+        shared = min(common, holder.computed)
+        if shared >= BLOCK_TOKENS and _is_spare(holder, shared, seating):
+            seating.take(holder.seat)
+            return Seat(holder.seat, _cut(seating.slab, holder.seat, shared))
+        seat = seating.vacate()
+        pays = shared >= BLOCK_TOKENS and self._copy_pays(holder, seating.slab, shared)
+        shared = self._copy(holder, seating.slab, seat, shared) if pays else 0
+        rest = common - shared
+        if self._computes(holder) and rest >= BLOCK_TOKENS and self._pays(common, rest):
+            return Seat(seat, shared, holder, common)
+        return Seat(seat, shared)
+
+    def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
+        """Have a sequence that sits go on from what another one has computed of the tokens they share."""
+        if self._copy_pays(holder, sequence.slab, tokens - sequence.computed):
+            sequence.computed = self._copy(holder, sequence.slab, sequence.seat, tokens)
+
+    def _longest(self, tokens: Tokens[int]) -> tuple[Sequence | None, int]:
+        """Who begins with most of these tokens, computed or not yet, and with how many."""
+        if not self._keeps:
+            return None, 0
+        kept = [each for seating in self._slabs.in_turn for each in seating.kept.values()]
+        holders = dict.fromkeys((*kept, *self._slabs))
+        self._prefixes.keep_only(holders)
+        for holder in holders:
+            self._prefixes.learn(holder, holder.tokens, len(holder.tokens))
+        found, likely = self._prefixes.find(tokens)
+
+        def claim(holder: Sequence) -> tuple[int, bool, int, int]:  # what was kept needs no copy, perhaps
+            common = common_tokens(tokens, holder.tokens, len(holder.tokens), likely)
+            return common, holder in kept, holder.computed, -holder.seat
+
+        best = max(found, key=claim, default=None)
+        return best, claim(best)[0] if best else 0
+
+    def _computes(self, holder: Sequence) -> bool:
+        """Whether it sits, and is about to compute more; exact ones compute for themselves only."""
+        return not holder.sampling.exact and holder in self._slabs.of(holder).by_seat
+
+    def _pays(self, copied: int, shared: int) -> bool:
+        """Whether copying so many tokens is cheaper than computing so many."""
+        return copied * self._costs.copy_token_s < shared * self._costs.prefill_token_s
+
+    def _copy_pays(self, holder: Sequence, slab: Slab, gained: int) -> bool:
+        fits = holder.computed <= slab.window_tokens
+        return self._pays(holder.computed if fits else _PART * holder.computed, gained)
+
+    @staticmethod
+    def _copy(holder: Sequence, slab: Slab, seat: int, tokens: int) -> int:
+        """Onto a seat that is taken; returns how many tokens are there."""
+        computed = holder.computed
+        if computed <= slab.window_tokens:
+            state = holder.slab.read(holder.seat)
+        else:
+            state = holder.slab.read_first(holder.seat, tokens, computed)
+            computed = tokens
+        slab.cut(seat, 0)
+        return _cut(slab, seat, tokens) if slab.write(seat, state, computed) else 0
+
+
+def _is_spare(holder: Sequence, shared: int, seating: Seating) -> bool:
+    """Whether a cache can be taken over: it was left, and its rest is no great loss or lost anyway."""
+    if seating.kept.get(holder.seat) is not holder:
+        return False
+    fitting, rest = seating.fitting(), holder.computed - shared
+    return holder.seat == fitting[0] or (holder.seat in fitting and rest <= shared)
+
+
+def _cut(slab: Slab, seat: int, tokens: int) -> int:
+    """How many tokens are left: so many, or none if the cache cannot be cut there."""
+    slab.cut(seat, tokens)
+    if slab.computed(seat) != tokens:
+        slab.cut(seat, 0)
+        return 0
+    return tokens
