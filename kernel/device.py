@@ -233,7 +233,8 @@ class Engine(Protocol):
 
         In order, any number; also on a seq that is not open, or has finished already. The engine begins
         it in the first step after the one that told the finish in which `seq` has quota left, and goes
-        on within that quota. `SequenceStep` tells it, and what `open` would have raised. The prompt is
+        on within that quota. `SequenceStep` tells it, and what `open` would have raised; one for which KV
+        memory is short is `stuck`, and begins when there is some. The prompt is
         not looked at before. `close`, and `open`, `restore` and `fork` onto the seq, drop its queue;
         `dump` and a fork from it leave the queue out; `feed` goes before it. Raises UsageError (no such seq).
         """

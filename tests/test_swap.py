@@ -128,3 +128,18 @@ def test_the_stopped_give_way_before_the_sleeping_and_these_before_the_running()
     second = sim.spawn("d", max_tokens=4000)
     sim.dispatcher.advance()
     assert seated() == {running, first, second}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_jobs_whose_next_prompt_finds_no_room_answer_it_later(threads: int) -> None:
+    """The engine begins a job's next prompt by itself; when it cannot for want of memory, nothing is lost."""
+    lines = tuple("word " * (10 + 37 * n % 90) + str(n) for n in range(20))
+    spec = ProcessSpec("m", lines, lines=True, max_tokens=60, threads=threads)
+    roomy = SimSystem({"m": SimModel(mean_tokens=30)})
+    expected = roomy.system.spawn(spec)
+    assert roomy.system.wait(expected)
+    sim = SimSystem({"m": SimModel(mean_tokens=30, context_tokens=200, kv_pool_tokens=260)})
+    pids = [sim.system.spawn(spec) for _ in range(4)]
+    assert all(sim.system.wait(pid) for pid in pids)
+    assert {sim.output(pid) for pid in pids} == {roomy.output(expected)}
+    sim.kernel.check_integrity()
