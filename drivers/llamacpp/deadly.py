@@ -24,6 +24,7 @@ _NEEDS_EXPERTS: Final = frozenset(
     {"bailingmoe2", "glm4moe", "grovemoe", "lfm2moe", "llada-moe", "smallthinker"}
 )
 _INNER_IS_TWICE: Final = frozenset({"jamba", "granitehybrid"})
+_INNER_IS_HEADS: Final = frozenset({"qwen3next", "qwen35", "qwen35moe"})
 _HYBRID: Final = """
     bailingmoe3 falcon-h1 glm5-next granitehybrid jamba kimi-k3 kimi-linear lfm2 lfm2moe minimax-01 nemotron_h
     nemotron_h_moe plamo2 qwen35 qwen35moe qwen3next qwen4exp
@@ -34,21 +35,22 @@ _NO_ROTATION: Final = """
 """  # the others hang in their first forward pass if nothing is to be rotated
 _WHOLE_HEAD: Final = """
     apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream
-    ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon granite granite_swa granitemoe graniteswitch grok
-    grovemoe hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada llada-moe llama llama-embed llama4 maincoder
-    mellum mistral3 olmo olmo2 olmoe orion paddleocr pangu-embedded plamo pockettts qwen2 qwen2moe qwen2vl
-    qwen3 qwen3moe qwen3tts qwen3vl qwen3vlmoe rnd1 seed_oss smallthinker smollm3 starcoder2 talkie
-    xverse
+    ernie4_5 ernie4_5-moe exaone exaone-moe exaone4 falcon gpt-oss granite granite_swa granitemoe
+    graniteswitch grok grovemoe hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada llada-moe llama
+    llama-embed llama4 maincoder mellum mistral3 olmo olmo2 olmoe orion paddleocr pangu-embedded plamo
+    pockettts qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3tts qwen3vl qwen3vlmoe rnd1 seed_oss smallthinker
+    smollm3 starcoder2 talkie xverse
 """  # architectures that rotate a whole head
 _KEY_IS_VALUE: Final = """
     afmoe apertus arcee arctic baichuan bailingmoe2 bitnet bloom chameleon chatglm codeshell cogvlm cohere2
-    cohere2moe command-r dbrx deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone falcon glm4 glm4moe gpt2
-    gptneox granite granite_swa granitehybrid granitemoe graniteswitch grok grovemoe hunyuan-moe hunyuan_vl
-    hy_v3 internlm2 jais jais2 laguna lfm2 lfm2moe llada llada-moe llama llama-embed llama4 maincoder mellum
-    minimax-01 minimax-m2 minimax-m3 mistral3 mpt muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe
-    olmo olmo2 olmoe openelm orion paddleocr pangu-embedded phi2 phi3 plamo pockettts qwen qwen2 qwen2moe
-    qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe qwen4exp refact rnd1
-    seed_oss smallthinker smollm3 spark2_5 stablelm starcoder starcoder2 xverse
+    cohere2moe command-r dbrx deci deepseek dots1 dream ernie4_5 ernie4_5-moe exaone falcon glm4 glm4moe
+    gpt-oss gpt2 gptneox granite granite_swa granitehybrid granitemoe graniteswitch grok grovemoe
+    hunyuan-moe hunyuan_vl hy_v3 internlm2 jais jais2 laguna lfm2 lfm2moe llada llada-moe llama llama-embed
+    llama4 maincoder mellum minimax-01 minimax-m2 minimax-m3 mistral3 mpt muse-glimmer nanbeige nemotron
+    nemotron_h nemotron_h_moe olmo olmo2 olmoe openelm orion paddleocr pangu-embedded phi2 phi3 plamo
+    pockettts qwen qwen2 qwen2moe qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl
+    qwen3vlmoe qwen4exp refact rnd1 seed_oss smallthinker smollm3 spark2_5 stablelm starcoder starcoder2
+    xverse
 """  # whose keys and values have one length
 _PLAIN_TYPES: Final = frozenset({0, 24, 25, 26, 27})  # 32-bit floats, integers
 _MUST_BE_PLAIN: Final = re.compile(
@@ -64,9 +66,7 @@ def check(header: Header, keys: Keys, layers: int) -> int:
     _check_heads(keys)
     _check_tensors(header, keys)
     _check_compressed(header, keys)
-    inner = 2 * keys.whole("embedding_length", 1, 1 << 20)
-    if keys.architecture in _INNER_IS_TWICE and keys.whole("ssm.inner_size", 0, 1 << 24) != inner:
-        raise ModelInvalid(f"{keys.architecture}.ssm.inner_size is not {inner}, twice the embedding's length")
+    _check_state(keys)
     return _experts(keys, layers)
 
 
@@ -100,10 +100,28 @@ def _check_heads(keys: Keys) -> None:
             raise ModelInvalid(f"{keys.architecture}: keys of {key} and values of {value} numbers")
 
 
+def _check_state(keys: Keys) -> None:
+    """Recurrent layers divide their width among heads and groups, without a remainder."""
+    width, inner = keys.whole("embedding_length", 1, 1 << 20), keys.whole("ssm.inner_size", 0, 1 << 24)
+    if keys.architecture in _INNER_IS_TWICE and inner != 2 * width:
+        raise ModelInvalid(
+            f"{keys.architecture}.ssm.inner_size is not {2 * width}, twice the embedding's length"
+        )
+    groups, heads = keys.whole("ssm.group_count", 0, inner), keys.whole("ssm.time_step_rank", 0, 1 << 24)
+    if groups and (not heads or inner % heads or inner % groups):
+        raise ModelInvalid(f"{keys.architecture}.ssm.inner_size is no multiple of its heads or groups")
+    if keys.architecture in _INNER_IS_HEADS and inner != heads * keys.whole("ssm.state_size", 0, 1 << 24):
+        raise ModelInvalid(f"{keys.architecture}.ssm.inner_size is not that of its {heads} heads")
+    if (head := keys.whole("wkv.head_size", 0, 1 << 20)) and width % head:
+        raise ModelInvalid(f"{keys.architecture}.wkv.head_size does not divide {width}")
+
+
 def _check_tensors(header: Header, keys: Keys) -> None:
     """What is added or multiplied number by number is not quantised."""
     for tensor in header.tensors:
-        is_row = len(tensor.dims) == 1 or _MUST_BE_PLAIN.fullmatch(tensor.name)
+        is_row = (
+            len(tensor.dims) == 1 or tensor.name.endswith(".bias") or _MUST_BE_PLAIN.fullmatch(tensor.name)
+        )
         if is_row and tensor.type not in _PLAIN_TYPES:
             raise ModelInvalid(f"tensor {tensor.name!r} is {GGML_TYPES[tensor.type][0]}, not F32")
     if keys.architecture == "rwkv6":
