@@ -40,7 +40,7 @@ class PromptQueue:
         return [told for seq in due for told in self._next_of(seq, begin)]
 
     def _next_of(self, seq: int, begin: Begin) -> list[SequenceStep]:
-        """The first that can be begun; those before it could not. One that lacks KV memory stays the first."""
+        """The first that can be begun; those before it could not. One that lacks KV memory stays first."""
         waiting = self._waiting[seq]
         told: list[SequenceStep] = []
         while waiting and not (told and told[-1].opened):
