@@ -23,6 +23,15 @@ OUTPUT_UNITS = 2.0
 """Service units per prompt and output token, as Sheng et al., "Fairness in Serving Large Language
 Models" (OSDI 2024), weigh them."""
 
+
+def prompt_units(prompt_token_s: float, output_token_s: float) -> float:
+    """Units per prompt token of a model, so that a unit is as much time in a prompt as in an output.
+
+    At most what the paper has it at: where output is cheap because many share a step, few may share it yet.
+    """
+    return max(0.01, min(PROMPT_UNITS, OUTPUT_UNITS * prompt_token_s / output_token_s))
+
+
 # Linux's sched_prio_to_weight (kernel/sched/core.c): nice -20 to 19, about 1.25 per step.
 # fmt: off
 WEIGHTS = (
@@ -182,6 +191,11 @@ class FairQueue(Generic[Entity]):
         """Whether one who waits should have the seat of another."""
         members = self._members
         return self.policy.outranks(members[waiting], members[seated], self.virtual, self.terms)
+
+    def rides(self, entity: Entity, head_weight: float, units: float) -> bool:
+        """Whether one may have so many units beside the one that `pick` says, who weighs so much."""
+        lead_units = self.terms.request_units - units
+        return self.policy.rides(self._members[entity], head_weight, self.virtual, lead_units)
 
     def weight_of(self, entity: Entity) -> float:
         return self._members[entity].weight

@@ -71,6 +71,10 @@ class Party:
             (thread for thread in self.prompts if thread.pending > 1), next(iter(self.prompts))
         )
 
+    def rides(self, thread: Thread) -> bool:
+        """Not if it is ahead of the others."""
+        return thread in self.prompts or self._turns.rides(thread, 1.0, 0.0)
+
     def charge(self, thread: Thread, units: float) -> None:
         member = None if thread in self.prompts else thread
         self._turns.charge(member, units)
@@ -121,6 +125,11 @@ class RunQueue:
     @property
     def weight(self) -> float:
         return self._claims.weight
+
+    @property
+    def request_units(self) -> float:
+        """The largest request."""
+        return self._turns.terms.request_units
 
     @property
     def policy(self) -> Policy:
@@ -237,6 +246,17 @@ class RunQueue:
         """Service units that it, or its group, is owed: of its turns, or for waiting if it has no seat."""
         claimant = self._claimant(thread)
         return (self._turns if claimant in self._turns else self._claims).lag(claimant)
+
+    def weight_of(self, thread: Thread) -> float:
+        """Of its claimant."""
+        return self._claims.weight_of(self._claimant(thread))
+
+    def rides(self, thread: Thread, head_weight: float, units: float) -> bool:
+        """Whether it may have so many units beside the one with the best claim, who weighs so much."""
+        claimant = self._claimant(thread)
+        if isinstance(claimant, Party) and not claimant.rides(thread):
+            return False
+        return self._turns.rides(claimant, head_weight, units)
 
     # Order
 

@@ -33,8 +33,7 @@ class Stream:
             return
         with self._ready:
             if self._text is None:
-                self._text = io.StringIO()
-            self._text.seek(self._length)
+                self._text = io.StringIO()  # its position is the end: who reads, reads all
             self._length += self._text.write(text)
             self._ready.notify_all()
 
