@@ -100,11 +100,12 @@ Claimant = Thread | Party
 class RunQueue:
     """Who is runnable on one model, and who is next."""
 
-    __slots__ = ("_claims", "_parties", "_size", "_turns")
+    __slots__ = ("_claims", "_grouped", "_parties", "_size", "_turns")
 
     def __init__(self, policy: Policy = FAIR) -> None:
         self._claims: FairQueue[Claimant] = FairQueue(policy)  # of all
         self._turns: FairQueue[Claimant] = FairQueue(policy)  # of those with seats
+        self._grouped = policy.grouped
         self._parties: dict[Group, Party] = {}
         self._size = 0
 
@@ -192,6 +193,7 @@ class RunQueue:
         """Go on under another policy; what is owed is forgotten. Call `take_due` before."""
         old, terms = list(self), self._claims.terms
         self._claims, self._turns = FairQueue(policy, terms), FairQueue(policy, terms)
+        self._grouped = policy.grouped
         seated = [thread.seat is not None for thread in old]
         self._parties.clear()
         self._size = 0
@@ -291,7 +293,7 @@ class RunQueue:
 
     def _claimant(self, thread: Thread) -> Claimant:
         group = thread.process.group
-        if group is None or not self._claims.policy.grouped:
+        if group is None or not self._grouped:
             return thread
         party = self._parties.get(group)
         if party is None:

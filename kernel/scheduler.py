@@ -172,11 +172,12 @@ class Scheduler:
         """
         model, queue, quantum_s = flight.model, flight.model.queue, self.config.quantum_s
         seated = [thread for thread in model.seats if thread is not None and thread in queue]
-        drawers = [thread for thread in seated if thread.pending <= 1]
+        prompts = [thread for thread in seated if thread.pending > 1]
+        drawers = [thread for thread in seated if thread not in prompts] if prompts else seated
         flight.price(model, len(drawers))
         passes = max(1, int(quantum_s / ROUNDS / (flight.output_s * max(1, len(drawers)))))
         if queue.policy.grouped:
-            self._first_tokens(flight, [thread for thread in seated if thread.pending > 1], drawers)
+            self._first_tokens(flight, prompts, drawers)
         while flight.planned_s < quantum_s and (head := queue.pick()):
             if head.pending > 1:
                 self._prompt(flight, head, drawers)

@@ -86,6 +86,7 @@ class Recorder(InlineHost):
 
     def _note(self, event: StepEvent, now_s: float) -> None:
         self.events += len(event.sequences)
+        served: dict[str, float] = {}
         for step in event.sequences:
             number = self._seats[step.seq]
             units = step.prompt_tokens * PROMPT_UNITS
@@ -96,7 +97,10 @@ class Recorder(InlineHost):
                 else:
                     self.first_s[number] = now_s
                 self.last_s[number] = now_s
-            self.meter.count(now_s, self.requests[number].client, units)
+            client = self.requests[number].client
+            served[client] = served.get(client, 0.0) + units
+        for client, units in served.items():
+            self.meter.count(now_s, client, units)
 
 
 class RecordingDriver(SimDriver):
