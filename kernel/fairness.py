@@ -43,9 +43,12 @@ WEIGHTS = (
 # fmt: on
 
 
+_WEIGHTS_OF_NICE = tuple(weight / 1024 for weight in WEIGHTS)
+
+
 def weight_of(nice: int) -> float:
     """The weight of a nice value, 1.0 at nice 0."""
-    return WEIGHTS[nice + 20] / 1024
+    return _WEIGHTS_OF_NICE[nice + 20]
 
 
 Entity = TypeVar("Entity", bound=Hashable)
@@ -61,14 +64,14 @@ class Member(Generic[Entity]):
     order: int
     turn: int
     ideal_mark: float  # the ideal clock when `due` was last brought up to date
-    ready: bool = False
-    waiting: bool = False
     held: int = 0
     spent_units: float = 0.0
     moved: bool = False  # served since its heap entry was made
-    turn_stamp: int = 0  # of its entry among the ready; others are dead
-    seat_stamp: int = 0  # of its entry among the waiting
+    turn_stamp: int = 0  # of its entry among the ready, others are dead; 0: it is not ready
+    seat_stamp: int = 0  # of its entry among the waiting; 0: it does not wait
 
+
+NEW = -1  # stamp of an entry that is about to be made
 
 Entry = tuple[float, float, int, Member[Entity]]
 
@@ -107,13 +110,14 @@ class FairQueue(Generic[Entity]):
         """
         self._turn += 1
         member = Member(entity, weight, self.virtual, self._turn, self._turn, self._ideal)
-        if self._members:
+        if self._members and lag:
             self.virtual -= lag / self.weight
             member.vruntime = self.virtual - lag / weight
         self.weight += weight
         self._members[entity] = member
-        member.ready = ready
-        self._enter(member)
+        if ready:
+            member.turn_stamp = NEW
+            self._enter(member)
 
     def leave(self, entity: Entity) -> float:
         """Stop being runnable; returns the lag. The others share what it leaves behind."""
@@ -143,7 +147,7 @@ class FairQueue(Generic[Entity]):
         member = self._members[entity]
         if held > member.held:
             member.spent_units = 0.0
-        member.held, member.waiting = held, waiting
+        member.held, member.seat_stamp = held, NEW if waiting else 0
         self._enter(member)
 
     # Accounts
@@ -275,12 +279,11 @@ class FairQueue(Generic[Entity]):
     def _enter(self, member: Member[Entity]) -> None:
         """New entries for a member whose keys may have fallen; older ones are dead."""
         self._stamp += 1
-        member.turn_stamp = member.seat_stamp = 0
         member.moved = False
-        if member.ready:
+        if member.turn_stamp:
             member.turn_stamp = self._stamp
             heappush(self._ready, (*self.policy.turn(member, self.terms), self._stamp, member))
-        if member.waiting:
+        if member.seat_stamp:
             member.seat_stamp = self._stamp
             heappush(self._waiting, (*self.policy.seat(member, self.terms), self._stamp, member))
         self._compact()
