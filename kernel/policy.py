@@ -61,7 +61,8 @@ class Policy:
     turn: Callable[[Account, Terms], Key]  # the order of those that may
     rides: Callable[
         [Account, float, float, float], bool
-    ]  # may it draw beside the first, and be so far ahead?
+    ]  # may it draw beside the first? (Of whom the weight,
+    # then virtual time, and the service units that it may be ahead.)
     seat: Callable[[Account, Terms], Key]  # the order of those that wait for a seat
     outranks: Callable[
         [Account, Account, float, Terms], bool

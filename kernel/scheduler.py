@@ -2,7 +2,7 @@
 
 Two levels of the same fair queue. On a device, models share *time*: a model's weight is the sum of its
 claimants' weights, charged in device seconds. Within a model, threads and groups of them share *service
-units* (runqueue).
+units* (runqueue): an output token is two, a prompt token what its time is worth in those.
 Owner: one per device. Lock: the process table's, held by the caller of every method.
 Not here: engines and events (dispatcher); how fairness is computed (fairness).
 """
@@ -168,7 +168,8 @@ class Scheduler:
     def _fill(self, flight: Flight) -> None:
         """Grant one request after another to whoever has the best claim, until the time is used up.
 
-        A pass of the engine costs about the same with one more in it: so when one draws, others ride along.
+        A pass of the engine costs about the same with one more in it: so when one draws, others ride along,
+        as far as the policy lets them; and nobody draws more often than the passes that are run anyway.
         """
         model, queue, quantum_s = flight.model, flight.model.queue, self.config.quantum_s
         seated = [thread for thread in model.seats if thread is not None and thread in queue]
@@ -182,9 +183,10 @@ class Scheduler:
             if head.pending > 1:
                 self._prompt(flight, head, drawers)
                 continue
+            flight.grant(head, passes)
             head_weight, units = queue.weight_of(head), passes * OUTPUT_UNITS
             for thread in drawers:
-                if thread is head or queue.rides(thread, head_weight, units):
+                if thread is not head and queue.rides(thread, head_weight, units):
                     flight.grant(thread, passes)
 
     def _first_tokens(self, flight: Flight, prompts: list[Thread], drawers: list[Thread]) -> None:
