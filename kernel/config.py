@@ -20,7 +20,6 @@ class KernelConfig:
     restart_backoff_s: float = 0.1  # doubled at each restart in the window
     ram_reserve_bytes: int = 1 << 30  # never admitted: left to the machine
     disk_reserve_bytes: int = 1 << 30  # likewise of the disk that is swapped to
-    prefill_chunk_tokens: int = 128  # largest single request of a prompt
+    prefill_chunk_tokens: int = 128  # of a prompt, in one grant
     prefill_chunk_min_tokens: int = 32  # smaller chunks waste the device, however slow it is
-    rounds: int = 32  # single requests that a quantum is made of, about
     seat_slice_s: float = 1.0  # device time a process keeps its seat when others wait for one

@@ -23,7 +23,7 @@ from kernel.errors import (
     LlmosError,
     WorkerDied,
 )
-from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
+from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate
 from kernel.process import Process, ProcessTable, State, Thread
@@ -386,8 +386,9 @@ class Dispatcher:
         with self.table.lock:
             now_s = self.clock.now_s()
             flight.used_s += event.step_s
+            prompt_units = flight.prompt_units
             units = [
-                s.prompt_tokens * PROMPT_UNITS + (s.token is not None) * OUTPUT_UNITS for s in event.sequences
+                s.prompt_tokens * prompt_units + (s.token is not None) * OUTPUT_UNITS for s in event.sequences
             ]
             total = sum(units) or 1.0
             flight.model.queue.served(total)

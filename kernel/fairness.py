@@ -23,6 +23,15 @@ OUTPUT_UNITS = 2.0
 """Service units per prompt and output token, as Sheng et al., "Fairness in Serving Large Language
 Models" (OSDI 2024), weigh them."""
 
+
+def prompt_units(prompt_token_s: float, output_token_s: float) -> float:
+    """Units per prompt token of a model, so that a unit is as much time in a prompt as in an output.
+
+    At most what the paper has it at: where output is cheap because many share a step, few may share it yet.
+    """
+    return max(0.01, min(PROMPT_UNITS, OUTPUT_UNITS * prompt_token_s / output_token_s))
+
+
 # Linux's sched_prio_to_weight (kernel/sched/core.c): nice -20 to 19, about 1.25 per step.
 # fmt: off
 WEIGHTS = (
@@ -34,9 +43,12 @@ WEIGHTS = (
 # fmt: on
 
 
+_WEIGHTS_OF_NICE = tuple(weight / 1024 for weight in WEIGHTS)
+
+
 def weight_of(nice: int) -> float:
     """The weight of a nice value, 1.0 at nice 0."""
-    return WEIGHTS[nice + 20] / 1024
+    return _WEIGHTS_OF_NICE[nice + 20]
 
 
 Entity = TypeVar("Entity", bound=Hashable)
@@ -52,14 +64,14 @@ class Member(Generic[Entity]):
     order: int
     turn: int
     ideal_mark: float  # the ideal clock when `due` was last brought up to date
-    ready: bool = False
-    waiting: bool = False
     held: int = 0
     spent_units: float = 0.0
     moved: bool = False  # served since its heap entry was made
-    turn_stamp: int = 0  # of its entry among the ready; others are dead
-    seat_stamp: int = 0  # of its entry among the waiting
+    turn_stamp: int = 0  # of its entry among the ready, others are dead; 0: it is not ready
+    seat_stamp: int = 0  # of its entry among the waiting; 0: it does not wait
 
+
+NEW = -1  # stamp of an entry that is about to be made
 
 Entry = tuple[float, float, int, Member[Entity]]
 
@@ -98,13 +110,14 @@ class FairQueue(Generic[Entity]):
         """
         self._turn += 1
         member = Member(entity, weight, self.virtual, self._turn, self._turn, self._ideal)
-        if self._members:
+        if self._members and lag:
             self.virtual -= lag / self.weight
             member.vruntime = self.virtual - lag / weight
         self.weight += weight
         self._members[entity] = member
-        member.ready = ready
-        self._enter(member)
+        if ready:
+            member.turn_stamp = NEW
+            self._enter(member)
 
     def leave(self, entity: Entity) -> float:
         """Stop being runnable; returns the lag. The others share what it leaves behind."""
@@ -134,7 +147,7 @@ class FairQueue(Generic[Entity]):
         member = self._members[entity]
         if held > member.held:
             member.spent_units = 0.0
-        member.held, member.waiting = held, waiting
+        member.held, member.seat_stamp = held, NEW if waiting else 0
         self._enter(member)
 
     # Accounts
@@ -182,6 +195,11 @@ class FairQueue(Generic[Entity]):
         """Whether one who waits should have the seat of another."""
         members = self._members
         return self.policy.outranks(members[waiting], members[seated], self.virtual, self.terms)
+
+    def rides(self, entity: Entity, head_weight: float, units: float) -> bool:
+        """Whether one may have so many units beside the one that `pick` says, who weighs so much."""
+        lead_units = self.terms.request_units - units
+        return self.policy.rides(self._members[entity], head_weight, self.virtual, lead_units)
 
     def weight_of(self, entity: Entity) -> float:
         return self._members[entity].weight
@@ -261,12 +279,11 @@ class FairQueue(Generic[Entity]):
     def _enter(self, member: Member[Entity]) -> None:
         """New entries for a member whose keys may have fallen; older ones are dead."""
         self._stamp += 1
-        member.turn_stamp = member.seat_stamp = 0
         member.moved = False
-        if member.ready:
+        if member.turn_stamp:
             member.turn_stamp = self._stamp
             heappush(self._ready, (*self.policy.turn(member, self.terms), self._stamp, member))
-        if member.waiting:
+        if member.seat_stamp:
             member.seat_stamp = self._stamp
             heappush(self._waiting, (*self.policy.seat(member, self.terms), self._stamp, member))
         self._compact()

@@ -1,6 +1,6 @@
 """Policies: who takes the next turn, and who the next seat. Pure.
 
-A policy is four functions of members' accounts; the fair queue keeps the accounts and the heaps, so that
+A policy is five functions of members' accounts; the fair queue keeps the accounts and the heaps, so that
 what is due and what was received can be told under every policy. A plugin adds one to `POLICIES`.
 Not here: the accounts (fairness), what a turn or a seat is worth (scheduler, dispatcher).
 """
@@ -45,18 +45,24 @@ class Account(Protocol):
 class Terms:
     """Sizes that claims are measured by, in service units."""
 
-    request_units: float = 128.0  # the largest single request: deadlines are computed from it
+    request_units: float = (
+        128.0  # a quantum of the device's time, the largest request: deadlines are computed from it
+    )
     seat_units: float = 1000.0  # likewise of seats, which change hands more slowly
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`grouped`: members of a group share one account; otherwise each process has its own."""
+    """`grouped`: it goes by shares, and a group has one account; otherwise each process has its own."""
 
     name: str
     grouped: bool
     eligible: Callable[[Account, float], bool]  # may it take a turn at this virtual time?
     turn: Callable[[Account, Terms], Key]  # the order of those that may
+    rides: Callable[
+        [Account, float, float, float], bool
+    ]  # may it draw beside the first? (Of whom the weight,
+    # then virtual time, and the service units that it may be ahead.)
     seat: Callable[[Account, Terms], Key]  # the order of those that wait for a seat
     outranks: Callable[
         [Account, Account, float, Terms], bool
@@ -74,9 +80,14 @@ def _turn_deadline(member: Account, terms: Terms) -> Key:
     return member.vruntime + terms.request_units / member.weight, 0.0
 
 
+def _not_far_ahead(member: Account, head_weight: float, virtual: float, lead_units: float) -> bool:
+    """In virtual time: so a light one's lead is small in units."""
+    return (member.vruntime - virtual) * max(member.weight, head_weight) <= lead_units
+
+
 def _seat_deadline(member: Account, terms: Terms) -> Key:
     """A group's next seat is the request after those for the seats it has: seats go by weight too."""
-    return member.vruntime + terms.seat_units * (member.held + 1) / member.weight, float(member.order)
+    return member.vruntime + terms.seat_units * (member.held + 1) / member.weight, member.order
 
 
 def _outweighs_or_is_owed(waiting: Account, seated: Account, virtual: float, terms: Terms) -> bool:
@@ -94,16 +105,20 @@ def _always(member: Account, virtual: float) -> bool:
     return True
 
 
+def _beside(member: Account, head_weight: float, virtual: float, lead_units: float) -> bool:
+    return True
+
+
 def _never(waiting: Account, seated: Account, virtual: float, terms: Terms) -> bool:
     return False
 
 
 def _longest_ago(member: Account, terms: Terms) -> Key:
-    return float(member.turn), 0.0
+    return member.turn, 0.0
 
 
 def _first_come(member: Account, terms: Terms) -> Key:
-    return float(member.order), 0.0
+    return member.order, 0.0
 
 
 def _slice_is_over(waiting: Account, seated: Account, virtual: float, terms: Terms) -> bool:
@@ -111,26 +126,30 @@ def _slice_is_over(waiting: Account, seated: Account, virtual: float, terms: Ter
 
 
 def _heaviest(member: Account, terms: Terms) -> Key:
-    return -member.weight, float(member.turn)
+    return -member.weight, member.turn
+
+
+def _as_heavy(member: Account, head_weight: float, virtual: float, lead_units: float) -> bool:
+    return member.weight == head_weight
 
 
 def _heaviest_first_come(member: Account, terms: Terms) -> Key:
-    return -member.weight, float(member.order)
+    return -member.weight, member.order
 
 
 def _outweighs(waiting: Account, seated: Account, virtual: float, terms: Terms) -> bool:
     return waiting.weight > seated.weight
 
 
-FAIR = Policy("fair", True, _not_ahead, _turn_deadline, _seat_deadline, _outweighs_or_is_owed)
+FAIR = Policy("fair", True, _not_ahead, _turn_deadline, _not_far_ahead, _seat_deadline, _outweighs_or_is_owed)
 
 POLICIES = {
     policy.name: policy
     for policy in (
         FAIR,
-        Policy("fifo", False, _always, _longest_ago, _first_come, _never),
-        Policy("rr", False, _always, _longest_ago, _longest_ago, _slice_is_over),
-        Policy("priority", False, _always, _heaviest, _heaviest_first_come, _outweighs),
+        Policy("fifo", False, _always, _longest_ago, _beside, _first_come, _never),
+        Policy("rr", False, _always, _longest_ago, _beside, _longest_ago, _slice_is_over),
+        Policy("priority", False, _always, _heaviest, _as_heavy, _heaviest_first_come, _outweighs),
     )
 }
 

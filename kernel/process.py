@@ -45,6 +45,9 @@ class Signal(IntEnum):
     STOP = 19
 
 
+DEFAULT_SAMPLING = Sampling()  # one for all who ask for no other
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
     """What to run; all that is needed to run it again.
@@ -62,7 +65,7 @@ class ProcessSpec:
     system: str = ""
     lines: bool = False
     raw: bool = False
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling = DEFAULT_SAMPLING
     max_tokens: int = 0  # output tokens per prompt; 0 = until the window is full
     nice: int = 0
     command: str = ""
@@ -188,7 +191,8 @@ class Thread:
     @property
     def weight(self) -> float:
         """A process's weight is divided among its threads."""
-        return weight_of(self.process.nice) / len(self.process.threads)
+        whole, parts = weight_of(self.process.nice), len(self.process.threads)
+        return whole if parts == 1 else whole / parts
 
     @property
     def pending(self) -> int:

@@ -71,6 +71,10 @@ class Party:
             (thread for thread in self.prompts if thread.pending > 1), next(iter(self.prompts))
         )
 
+    def rides(self, thread: Thread) -> bool:
+        """Not if it is ahead of the others."""
+        return thread in self.prompts or self._turns.rides(thread, 1.0, 0.0)
+
     def charge(self, thread: Thread, units: float) -> None:
         member = None if thread in self.prompts else thread
         self._turns.charge(member, units)
@@ -96,11 +100,12 @@ Claimant = Thread | Party
 class RunQueue:
     """Who is runnable on one model, and who is next."""
 
-    __slots__ = ("_claims", "_parties", "_size", "_turns")
+    __slots__ = ("_claims", "_grouped", "_parties", "_size", "_turns")
 
     def __init__(self, policy: Policy = FAIR) -> None:
         self._claims: FairQueue[Claimant] = FairQueue(policy)  # of all
         self._turns: FairQueue[Claimant] = FairQueue(policy)  # of those with seats
+        self._grouped = policy.grouped
         self._parties: dict[Group, Party] = {}
         self._size = 0
 
@@ -121,6 +126,11 @@ class RunQueue:
     @property
     def weight(self) -> float:
         return self._claims.weight
+
+    @property
+    def request_units(self) -> float:
+        """The largest request."""
+        return self._turns.terms.request_units
 
     @property
     def policy(self) -> Policy:
@@ -183,6 +193,7 @@ class RunQueue:
         """Go on under another policy; what is owed is forgotten. Call `take_due` before."""
         old, terms = list(self), self._claims.terms
         self._claims, self._turns = FairQueue(policy, terms), FairQueue(policy, terms)
+        self._grouped = policy.grouped
         seated = [thread.seat is not None for thread in old]
         self._parties.clear()
         self._size = 0
@@ -238,6 +249,17 @@ class RunQueue:
         claimant = self._claimant(thread)
         return (self._turns if claimant in self._turns else self._claims).lag(claimant)
 
+    def weight_of(self, thread: Thread) -> float:
+        """Of its claimant."""
+        return self._claims.weight_of(self._claimant(thread))
+
+    def rides(self, thread: Thread, head_weight: float, units: float) -> bool:
+        """Whether it may have so many units beside the one with the best claim, who weighs so much."""
+        claimant = self._claimant(thread)
+        if isinstance(claimant, Party) and not claimant.rides(thread):
+            return False
+        return self._turns.rides(claimant, head_weight, units)
+
     # Order
 
     def pick(self) -> Thread | None:
@@ -271,7 +293,7 @@ class RunQueue:
 
     def _claimant(self, thread: Thread) -> Claimant:
         group = thread.process.group
-        if group is None or not self._claims.policy.grouped:
+        if group is None or not self._grouped:
             return thread
         party = self._parties.get(group)
         if party is None:

@@ -2,7 +2,7 @@
 
 Two levels of the same fair queue. On a device, models share *time*: a model's weight is the sum of its
 claimants' weights, charged in device seconds. Within a model, threads and groups of them share *service
-units* (runqueue).
+units* (runqueue): an output token is two, a prompt token what its time is worth in those.
 Owner: one per device. Lock: the process table's, held by the caller of every method.
 Not here: engines and events (dispatcher); how fairness is computed (fairness).
 """
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 from kernel.config import KernelConfig
 from kernel.device import Quantum
-from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS, FairQueue
+from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS, FairQueue, prompt_units
 from kernel.models import Model, ModelState
 from kernel.policy import Policy, Terms
 from kernel.process import Thread
+
+ROUNDS = 4  # of passes for those who draw, in a quantum of nothing else
 
 
 @dataclass(slots=True)
@@ -35,8 +37,28 @@ class Flight:
     id: int
     model: Model
     grants: dict[Thread, Grant] = field(default_factory=dict)
+    output_s: float = 0.0  # device seconds per output token
+    prompt_s: float = 0.0
+    prompt_units: float = PROMPT_UNITS  # service units per prompt token
     planned_s: float = 0.0
     used_s: float = 0.0
+
+    def price(self, model: Model, drawers: int) -> None:
+        """What tokens cost, beside so many that draw."""
+        self.output_s, self.prompt_s = model.decode_s(drawers), model.open_host().info.prefill_token_s
+        self.prompt_units = prompt_units(self.prompt_s, self.output_s)
+
+    def grant(self, thread: Thread, tokens: int, *, prompt: bool = False) -> None:
+        """Charged as it is granted."""
+        grant = self.grants.get(thread)
+        if grant is None:
+            grant = self.grants[thread] = Grant()
+        units = tokens * (self.prompt_units if prompt else OUTPUT_UNITS)
+        thread.granted += tokens
+        grant.tokens += tokens
+        grant.units += units
+        self.planned_s += tokens * (self.prompt_s if prompt else self.output_s)
+        self.model.queue.charge(thread, units)
 
     def quantum(self, quota_tokens: dict[int, int]) -> Quantum:
         return Quantum(self.id, quota_tokens)
@@ -82,9 +104,11 @@ class Scheduler:
 
     def attach(self, model: Model) -> None:
         """A model's engine is open: claims are measured by what it can do."""
-        sequences = model.open_host().info.sequences
-        seat_units = self.config.seat_slice_s / model.decode_s(sequences) * OUTPUT_UNITS
-        request_units = self._chunk_tokens(model) * PROMPT_UNITS
+        config, info = self.config, model.open_host().info
+        output_s = model.decode_s(info.sequences)
+        piece_units = self._chunk_tokens(model) * prompt_units(info.prefill_token_s, output_s)
+        request_units = max(piece_units, config.quantum_s / output_s * OUTPUT_UNITS)
+        seat_units = config.seat_slice_s / output_s * OUTPUT_UNITS
         model.queue.set_terms(Terms(request_units, seat_units))
         self.refresh(model)
 
@@ -136,7 +160,7 @@ class Scheduler:
                 flight.model.queue.charge(thread, -unused)
 
     def _chunk_tokens(self, model: Model) -> int:
-        """The largest request of a prompt: half a quantum, so that others' tokens fit into it too."""
+        """The most tokens of a prompt granted at once: half a quantum, so that others' fit in too."""
         config = self.config
         half_tokens = int(config.quantum_s / 2 / max(1e-9, model.open_host().info.prefill_token_s))
         return min(config.prefill_chunk_tokens, max(config.prefill_chunk_min_tokens, half_tokens))
@@ -144,34 +168,45 @@ class Scheduler:
     def _fill(self, flight: Flight) -> None:
         """Grant one request after another to whoever has the best claim, until the time is used up.
 
-        Output tokens are granted in whole rounds of the sharers: part of a round would be a pass of the
-        engine that is part empty.
+        A pass of the engine costs about the same with one more in it: so when one draws, others ride along,
+        as far as the policy lets them; and nobody draws more often than the passes that are run anyway.
         """
-        config, model, queue = self.config, flight.model, flight.model.queue
-        prefill_s = model.open_host().info.prefill_token_s
-        sharers = max(1, sum(1 for t in model.seats if t is not None and t in queue))
-        token_s, requests = model.decode_s(sharers), 0
-        decode_tokens = max(1, int(config.quantum_s / config.rounds / token_s))
-        chunk_tokens = self._chunk_tokens(model)
-        while flight.planned_s < config.quantum_s or requests % sharers:
-            thread = queue.pick()
-            if thread is None:
-                return
-            pending = thread.pending
-            if pending > 1:
-                # A light one's turn is short: a long one would put it far ahead in virtual time.
-                fair_tokens = int(chunk_tokens * min(1.0, queue.standing(thread)))
-                tokens = min(pending, max(config.prefill_chunk_min_tokens, fair_tokens))
-                units, cost_s = tokens * PROMPT_UNITS, tokens * prefill_s
-            else:
-                tokens = decode_tokens
-                requests += 1
-                units, cost_s = tokens * OUTPUT_UNITS, tokens * token_s
-            grant = flight.grants.get(thread)
-            if grant is None:
-                grant = flight.grants[thread] = Grant()
-            thread.granted += tokens
-            grant.tokens += tokens
-            grant.units += units
-            flight.planned_s += cost_s
-            queue.charge(thread, units)
+        model, queue, quantum_s = flight.model, flight.model.queue, self.config.quantum_s
+        seated = [thread for thread in model.seats if thread is not None and thread in queue]
+        prompts = [thread for thread in seated if thread.pending > 1]
+        drawers = [thread for thread in seated if thread not in prompts] if prompts else seated
+        flight.price(model, len(drawers))
+        passes = max(1, int(quantum_s / ROUNDS / (flight.output_s * max(1, len(drawers)))))
+        if queue.policy.grouped:
+            self._first_tokens(flight, prompts, drawers)
+        while flight.planned_s < quantum_s and (head := queue.pick()):
+            if head.pending > 1:
+                self._prompt(flight, head, drawers)
+                continue
+            flight.grant(head, passes)
+            head_weight, units = queue.weight_of(head), passes * OUTPUT_UNITS
+            for thread in drawers:
+                if thread is not head and queue.rides(thread, head_weight, units):
+                    flight.grant(thread, passes)
+
+    def _first_tokens(self, flight: Flight, prompts: list[Thread], drawers: list[Thread]) -> None:
+        """Short prompts go before all else, for half a quantum, while that puts nobody half a request from
+        his share. (Not a group's: they have pooled theirs.)"""
+        queue = flight.model.queue
+        half_units = queue.request_units / 2
+        for thread in sorted(prompts, key=lambda prompt: prompt.pending):
+            while thread.pending > 1 and thread.process.group is None:
+                head = queue.pick()
+                if flight.planned_s >= self.config.quantum_s / 2 or not head or queue.lag(head) > half_units:
+                    return
+                if not queue.rides(thread, queue.weight_of(head), half_units):
+                    break
+                self._prompt(flight, thread, drawers)
+
+    def _prompt(self, flight: Flight, thread: Thread, drawers: list[Thread]) -> None:
+        """A piece of a prompt. A light one's is small: a large one would put it far ahead in virtual time."""
+        fair_tokens = int(self._chunk_tokens(flight.model) * min(1.0, flight.model.queue.standing(thread)))
+        tokens = min(thread.pending, max(self.config.prefill_chunk_min_tokens, fair_tokens))
+        flight.grant(thread, tokens, prompt=True)
+        if thread.pending <= 1:
+            drawers.append(thread)

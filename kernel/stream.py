@@ -17,12 +17,13 @@ _next = itertools.cycle(_SHARED)
 class Stream:
     """Append-only text with a condition to wait on. Offsets count characters."""
 
-    __slots__ = ("_closed", "_length", "_ready", "_text")
+    __slots__ = ("_closed", "_length", "_readers", "_ready", "_text")
 
     def __init__(self) -> None:
         self._ready = next(_next)
         self._text: io.StringIO | None = None  # guarded by _ready; made by the first write
         self._length = 0  # guarded by _ready
+        self._readers = 0  # that wait; guarded by _ready
         self._closed = False  # guarded by _ready
 
     def __len__(self) -> int:
@@ -33,10 +34,10 @@ class Stream:
             return
         with self._ready:
             if self._text is None:
-                self._text = io.StringIO()
-            self._text.seek(self._length)
+                self._text = io.StringIO()  # its position is the end: who reads, reads all
             self._length += self._text.write(text)
-            self._ready.notify_all()
+            if self._readers:
+                self._ready.notify_all()
 
     def close(self) -> None:
         with self._ready:
@@ -49,7 +50,9 @@ class Stream:
         Waits until there is some text, the stream is closed, or the time is up (None: for ever).
         """
         with self._ready:
+            self._readers += 1
             self._ready.wait_for(lambda: self._length > offset or self._closed, timeout_s)
+            self._readers -= 1
             if self._text is None:
                 return "", 0, self._closed
             self._text.seek(max(0, min(offset, self._length)))

@@ -93,6 +93,22 @@ def test_latency_by_policy_from_either_format(tmp_path: Path) -> None:
         assert 0 < row["ttft_p50_s"] <= row["ttft_p99_s"] and 0 < row["itl_p50_s"] <= row["itl_p99_s"]
 
 
+def test_prompts_share_the_blocks_that_the_trace_says(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    row = '{{"timestamp": {}, "input_length": 1200, "output_length": 5, "hash_ids": [7, {}, {}]}}\n'
+    trace.write_text("".join(row.format(4000 * n, n, 50 + n) for n in range(8)))
+    requests = read_trace(trace)
+    assert all(len(request.prompt().split()) == 1200 for request in requests)
+    alone = latency(trace, ("fair",))["fair"]
+    shared = latency(trace, ("fair",), shares_prefixes=True)["fair"]
+    assert alone["shared"] == 0.0
+    assert 0.3 < shared["shared"] <= 7 * 512 / (8 * 1200)  # the first may be at it when the second comes
+    assert shared["ttft_p50_s"] < 0.7 * alone["ttft_p50_s"]
+    plain = write_trace(tmp_path / "plain.csv", [Request(0.0, "0", 5, 5), Request(1.0, "0", 5, 5)])
+    with pytest.raises(UsageError, match="does not say what prompts have in common"):
+        latency(plain, ("fair",), shares_prefixes=True)
+
+
 def test_scale_reports_growth_and_bytes() -> None:
     result = scale((50, 200), 300)
     assert list(result.processes) == ["50", "200"] and result.growth("decision_p50_us") > 0

@@ -1,6 +1,6 @@
 """The whole kernel on simulated engines, over random schedules: what fairness and signals promise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,15 +11,19 @@ from drivers.simmodel import SimModel
 from kernel.config import KernelConfig
 from kernel.device import InlineHost, QuantumEnd, Sampling, StepEvent
 from kernel.errors import AdmissionRefused, UsageError
-from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
+from kernel.fairness import OUTPUT_UNITS
 from kernel.process import ProcessSpec, Signal, State
 
-CHUNK_TOKENS = KernelConfig().prefill_chunk_tokens
 Op = tuple[object, ...]
 
 
+PLAIN = SimModel(mean_tokens=0)
+LEVEL = SimModel(mean_tokens=0, base_s=0.0, decode_s=0.0005, prompt_token_s=0.0001)
+"""On this one, what a token costs does not depend on how many sequences there are."""
+
+
 class CountingHost(InlineHost):
-    """Sums up the service that the engine gives."""
+    """Sums up the service that the engine gives, for an engine on which a prompt token costs 0.4 units."""
 
     units = 0.0
 
@@ -27,15 +31,15 @@ class CountingHost(InlineHost):
         event = super().poll(timeout_s)
         if isinstance(event, StepEvent):
             for step in event.sequences:
-                self.units += step.prompt_tokens * PROMPT_UNITS + (step.token is not None) * OUTPUT_UNITS
+                self.units += step.prompt_tokens * 0.4 + (step.token is not None) * OUTPUT_UNITS
         return event
 
 
 class Schedule:
     """A kernel, and random things that happen to it."""
 
-    def __init__(self, sequences: int, config: KernelConfig | None = None) -> None:
-        self.sim = SimSystem({"m": SimModel(mean_tokens=0, sequences=sequences)}, config)
+    def __init__(self, sequences: int, config: KernelConfig | None = None, model: SimModel = PLAIN) -> None:
+        self.sim = SimSystem({"m": replace(model, sequences=sequences)}, config)
         self.sim.system.load("m")
         self.model = self.sim.kernel.models["m"]
         assert isinstance(self.model.host, InlineHost)
@@ -110,21 +114,20 @@ def test_random_schedules_end_well_under_every_policy(ops: list[Op], sequences: 
         schedule.apply(op)
         schedule.check()
     schedule.finish()
-    if not schedule.killed:  # what is computed for the dead is nobody's
-        received = sum(process.share_received for process in schedule.sim.kernel.table)
-        assert received <= schedule.host.units
+    used_s = sum(process.device_s for process in schedule.sim.kernel.table)  # not what was for the dead
+    assert used_s <= schedule.sim.clock.now_s() + 1e-9
 
 
 @settings(max_examples=40, deadline=None)
 @given(OPS)
 def test_service_received_is_what_the_engine_gave(ops: list[Op]) -> None:
-    schedule = Schedule(4, KernelConfig(seat_slice_s=0.05))
+    schedule = Schedule(4, KernelConfig(seat_slice_s=0.05), LEVEL)
     for op in ops:
         if op[0] not in ("kill", "int"):
             schedule.apply(op)
     schedule.finish()
     received = sum(process.share_received for process in schedule.sim.kernel.table)
-    assert received == schedule.host.units
+    assert received == pytest.approx(schedule.host.units)
     device_s = sum(process.device_s for process in schedule.sim.kernel.table)
     assert device_s == pytest.approx(schedule.sim.clock.now_s())
 
@@ -139,7 +142,7 @@ def test_by_the_ledger_nobody_is_further_from_its_share_than_one_request(ops: li
     """
     schedule = Schedule(64)
     queue, allowed = schedule.model.queue, {}
-    request = CHUNK_TOKENS * PROMPT_UNITS + OUTPUT_UNITS  # a prompt's last chunk draws a token, too
+    request = queue.request_units + OUTPUT_UNITS  # a prompt's last piece draws a token, too
     for op in ops:
         before = {thread: queue.lag(thread) for thread in queue}
         schedule.apply(op)
@@ -157,7 +160,7 @@ def test_the_ledger_agrees_with_the_engine_when_nothing_is_in_flight(
     processes: list[tuple[int, int]], rounds: int, interrupt_after: int
 ) -> None:
     """What was granted and not used has come back: virtual time is what was served, over the weight."""
-    schedule = Schedule(8)
+    schedule = Schedule(8, model=LEVEL)
     for nice, words in processes:
         schedule.apply(("spawn", nice, words, 0))
     for n in range(rounds):
@@ -168,7 +171,7 @@ def test_the_ledger_agrees_with_the_engine_when_nothing_is_in_flight(
     threads, accounts = list(schedule.model.queue), schedule.model.queue._turns
     for thread in threads:
         assert accounts.vruntime(thread) * thread.weight == pytest.approx(thread.process.share_received)
-    assert sum(t.process.share_received for t in threads) == schedule.host.units
+    assert sum(t.process.share_received for t in threads) == pytest.approx(schedule.host.units)
 
 
 @settings(max_examples=25, deadline=None)
@@ -197,7 +200,7 @@ def test_nobody_starves_at_nice_19() -> None:
         view = sim.system.process(light)
         worst = max(worst, view.share_due - view.share_received)
     assert view.output_tokens > 0 and view.share_due > seat_units
-    assert worst <= seat_units + CHUNK_TOKENS
+    assert worst <= seat_units + sim.kernel.models["m"].queue.request_units
     for pid in heavy:
         view = sim.system.process(pid)
         assert view.share_received == pytest.approx(view.share_due, rel=0.05)
@@ -265,7 +268,8 @@ def test_a_group_shares_one_weight() -> None:
     alone = spawn(sim, Job(""), 9)
     sim.run_until(6000)
     shares = {pid: sim.system.process(pid).share_received for pid in (*many, alone)}
-    assert sum(shares[pid] for pid in many) / shares[alone] == pytest.approx(2.0, rel=0.03)
+    ahead = sum(shares[pid] for pid in many) - 2 / 3 * sum(shares.values())
+    assert abs(ahead) <= 2 * sim.kernel.models["m"].queue.request_units  # a request, and what is in flight
     for pid in many:
         assert shares[pid] == pytest.approx(sum(shares[p] for p in many) / 6, rel=0.1)
         view = sim.system.process(pid)
@@ -273,7 +277,7 @@ def test_a_group_shares_one_weight() -> None:
     sim.system.set_group("many", 0.5)
     sim.run_until(12_000)
     gained = {pid: sim.system.process(pid).share_received - shares[pid] for pid in shares}
-    assert sum(gained[pid] for pid in many) / gained[alone] == pytest.approx(0.5, rel=0.03)
+    assert sum(gained[pid] for pid in many) / gained[alone] == pytest.approx(0.5, rel=0.06)
     sim.kernel.check_integrity()
 
 

@@ -86,6 +86,7 @@ class Recorder(InlineHost):
 
     def _note(self, event: StepEvent, now_s: float) -> None:
         self.events += len(event.sequences)
+        served: dict[str, float] = {}
         for step in event.sequences:
             number = self._seats[step.seq]
             units = step.prompt_tokens * PROMPT_UNITS
@@ -96,7 +97,10 @@ class Recorder(InlineHost):
                 else:
                     self.first_s[number] = now_s
                 self.last_s[number] = now_s
-            self.meter.count(now_s, self.requests[number].client, units)
+            client = self.requests[number].client
+            served[client] = served.get(client, 0.0) + units
+        for client, units in served.items():
+            self.meter.count(now_s, client, units)
 
 
 class RecordingDriver(SimDriver):
@@ -144,6 +148,7 @@ class Replayed:
     served: list[Served]
     ledger: Gap | None  # service as the engine computed it; None if there is one client
     token_gaps_s: "array[float]"
+    shared_tokens: int  # of prompts, not computed because another seat had
     events: (
         int  # requests that arrive and end, threads' grants, steps, sequences' parts in them, quanta's ends
     )
@@ -195,7 +200,7 @@ class Replay:
         request = self.requests[number]
         spec = ProcessSpec(
             "trace",
-            ("w " * request.prompt_tokens,),
+            (request.prompt(),),
             raw=True,
             sampling=Sampling(seed=number, ignore_eos=True),
             max_tokens=request.output_tokens,
@@ -206,14 +211,16 @@ class Replay:
     def _result(self, pids: Sequence[int], wall_s: float) -> Replayed:
         recorder = self.driver.recorder
         assert recorder is not None
+        shared_tokens = 0
         for number, pid in enumerate(pids):
             view = self.system.process(pid)
+            shared_tokens += view.shared_tokens
             assert view.exit_code == 0, view.error
             assert view.output_tokens == self.requests[number].output_tokens, view
         served = list(map(Served, self.requests, recorder.first_s, recorder.last_s))
         ledger = self.meter.gap() if self.grouped else None
         events = recorder.events + 2 * len(pids)
-        return Replayed(served, ledger, recorder.token_gaps_s, events, wall_s)
+        return Replayed(served, ledger, recorder.token_gaps_s, shared_tokens, events, wall_s)
 
 
 def _group(client: str) -> str:
@@ -233,8 +240,9 @@ def overloaded_engine(requests: Sequence[Request]) -> SimModel:
     )
 
 
-def loaded_engine(requests: Sequence[Request]) -> SimModel:
-    """An accelerator with 32 seats, of a speed that the trace loads to 0.8 when half of them decode."""
+def loaded_engine(requests: Sequence[Request], shares_prefixes: bool = False) -> SimModel:
+    """An accelerator with 32 seats, of a speed that the trace loads to 0.8 when half of them decode and
+    no prompt is shared."""
     seats = 32
     prompts = sum(r.prompt_tokens for r in requests)
     outputs = sum(r.output_tokens for r in requests)
@@ -248,6 +256,7 @@ def loaded_engine(requests: Sequence[Request]) -> SimModel:
         base_s=base_s * factor,
         decode_s=decode_s * factor,
         prompt_token_s=prompt_token_s * factor,
+        shares_prefixes=shares_prefixes,
     )
 
 
@@ -255,11 +264,15 @@ def latency(
     trace: Path,
     policies: Sequence[str] = ("fair", "fifo", "rr"),
     limit: int = LATENCY_REQUESTS,
+    shares_prefixes: bool = False,
     report: Report | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time to first token, and between tokens, by policy, in simulated seconds. Raises as `fairness`."""
     requests = read_trace(trace, limit)
-    engine, table = loaded_engine(requests), {}
+    if shares_prefixes and not any(request.blocks for request in requests):
+        raise UsageError(f"{trace} does not say what prompts have in common", "Mooncake's traces do")
+    engine, table = loaded_engine(requests, shares_prefixes), {}
+    prompt_tokens = sum(request.prompt_tokens for request in requests)
     for policy in policies:
         done = Replay(requests, engine, policy).run(report)
         ttft_s = sorted(each.first_token_s - each.request.arrival_s for each in done.served)
@@ -269,6 +282,7 @@ def latency(
             "ttft_p99_s": percentile(ttft_s, 0.99),
             "itl_p50_s": percentile(gaps_s, 0.50),
             "itl_p99_s": percentile(gaps_s, 0.99),
+            "shared": done.shared_tokens / prompt_tokens,
             "finished_s": max(each.finish_s for each in done.served),
             "events_per_s": done.events / done.wall_s,
         }

@@ -60,12 +60,18 @@ def _latency_arguments(parser: Arguments) -> None:
     parser.add(
         "--requests", type=int, default=replay.LATENCY_REQUESTS, metavar="N", help="the first N; 0: all"
     )
+    parser.add("--prefixes", action="store_true", help="share them, as the trace's block hashes say")
     parser.add("--json", action="store_true", help="one object")
 
 
 def _latency(shell: Shell, args: argparse.Namespace) -> int:
     with progress(shell.err) as tell:
-        result = replay.latency(Path(args.trace), limit=_count(args.requests), report=_counting(tell))
+        result = replay.latency(
+            Path(args.trace),
+            limit=_count(args.requests),
+            shares_prefixes=args.prefixes,
+            report=_counting(tell),
+        )
     return _print(shell, args, result, list(result.items()))
 
 

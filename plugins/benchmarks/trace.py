@@ -17,6 +17,9 @@ from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 WINDOW_S = (30.0, 360.0)
 """When fairness is measured: all clients are backlogged, and the start is over."""
 
+BLOCK_TOKENS = 512
+"""Of Mooncake's traces (Qin et al., FAST 2025): equal hashes mean equal blocks after equal beginnings."""
+
 SERVED_COLUMNS = ("arrival_s", "client", "prompt_tokens", "output_tokens", "first_token_s", "finish_s")
 
 
@@ -28,6 +31,12 @@ class Request:
     client: str
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()  # what its prompt is made of, BLOCK_TOKENS each; (): nobody else's words
+
+    def prompt(self) -> str:
+        """As many words; what two requests' blocks have in common, their prompts have."""
+        words = [f"{part}{block} " for block in self.blocks for part in "ab" * (BLOCK_TOKENS // 2)]
+        return "".join(words[: self.prompt_tokens]) + "w " * (self.prompt_tokens - len(words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,8 @@ def _csv_requests(file: Iterable[str]) -> Iterator[Request]:
 def _jsonl_requests(file: Iterable[str]) -> Iterator[Request]:
     for line in file:
         row = json.loads(line)
-        yield Request(row["timestamp"] / 1000, "0", max(1, row["input_length"]), max(1, row["output_length"]))
+        tokens = max(1, row["input_length"]), max(1, row["output_length"])
+        yield Request(row["timestamp"] / 1000, "0", *tokens, tuple(row.get("hash_ids", ())))
 
 
 def write_served(path: Path, served: Iterable[Served]) -> None:
