@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from test_bench import SMALL, model, quiet, session  # noqa: F401 (fixtures)
 
 from kernel.device import EngineOptions
-from kernel.errors import KernelFault, UsageError, WorkerDied
+from kernel.errors import KernelFault, LlmosError, UsageError, WorkerDied
 from plugins.benchmarks import forks, interactive, server, shares, throughput
 from plugins.benchmarks.clients import Reply, ServerBatch
 from plugins.benchmarks.interactive import Load, Side
@@ -97,6 +100,33 @@ def test_the_server_is_ended_whatever_happens(binary: Path) -> None:
     assert gone(pid)
 
 
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_the_server_is_ended_when_its_parent_is_killed(binary: Path) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from kernel.device import EngineOptions
+from plugins.benchmarks.server import Server
+with Server(Path({str(binary)!r}), Path("x.gguf"), EngineOptions(256, 2, 1)) as server:
+    print(server.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == -9
+    deadline_s = time.monotonic() + 10
+    while running_now(int(done.stdout)) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert not running_now(int(done.stdout))
+
+
+def running_now(pid: int) -> bool:
+    """Whether it runs; a dead one may wait for its new parent to take note of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     broken = Server(program(tmp_path, "broken"), Path("x.gguf"), SEATS)
     with pytest.raises(WorkerDied, match="status 1: no such quantisation"):
@@ -105,8 +135,8 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.write_text("")
     empty.chmod(0o755)
-    with pytest.raises(UsageError, match="does not start"):
-        Server(empty, Path("x.gguf"), SEATS)
+    with pytest.raises(LlmosError, match=r"does not start|ended with status"):
+        Server(empty, Path("x.gguf"), SEATS).__enter__()
 
 
 def test_a_port_that_another_server_has_is_no_server_of_ours(

@@ -197,7 +197,7 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--blocks", type=positive, default=2, metavar="N", help="that they are divided into; 2")
     parser.add("--batch", type=positive, default=8, metavar="N", help="batch jobs; 8")
     parser.add("--seats", type=positive, default=0, metavar="N", help="on each side; as many as batch jobs")
-    parser.add("--think", type=float, default=0.5, metavar="S", help="seconds between two prompts; 0.5")
+    parser.add("--think", type=float, default=0.25, metavar="S", help="seconds between two prompts; 0.25")
     parser.add("--threads", type=positive, default=0, metavar="N", help="compute threads of each side")
     parser.add("--settings", choices=list(SETTINGS), default="default", help="of the server")
     parser.add("--json", action="store_true", help="one object")

@@ -125,7 +125,9 @@ class Server:
         self.port = _free_port()
         self._model, self._slots = model, options.sequences
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
-        command = [str(binary), "-m", str(model), "--host", LOCALHOST, "--port", str(self.port)]
+        # Where it can be had: should LLMOS be killed, it would go on computing for nobody.
+        leash = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+        command = [*leash, str(binary), "-m", str(model), "--host", LOCALHOST, "--port", str(self.port)]
         command += ["-np", str(options.sequences), "-c", str(options.sequences * options.context_tokens)]
         command += ["-t", str(options.threads), "--offline", *words]
         settings = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
