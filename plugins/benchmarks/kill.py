@@ -120,7 +120,7 @@ class Bench:
     def _reading(self) -> int:
         """A process that is somewhere in its prompt, if all goes well."""
         pid = self.machine.system.spawn(self.machine.spec(self._long(), 0, nice=-20))
-        time.sleep(self.random.uniform(0.2, 0.8) * self._prompt_s)
+        time.sleep(self.random.uniform(0.05, 0.4) * self._prompt_s)
         return pid
 
     def _long(self) -> str:
