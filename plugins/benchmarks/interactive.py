@@ -121,12 +121,18 @@ def _block(client: Client, side: Side, job: Job, block: int, tell: Tell) -> None
     tell(f"interactive: {client.name}, unloaded, {at}")
     _ask(client, f"unloaded {block}", each, job.think_s, side.unloaded)
     with _batch(client, job, block) as batch:
-        tell(f"interactive: {client.name}, batch alone, {at}")
-        with _watched(batch, side.alone):
-            time.sleep(ALONE_S)
+        _alone(batch, side.alone, tell, f"interactive: {client.name}, batch alone, {at}")
         tell(f"interactive: {client.name}, beside {job.batch} batch jobs, {at}")
         with _watched(batch, side.loaded):
             _ask(client, f"loaded {block}", each, job.think_s, side.loaded)
+        _alone(batch, side.alone, tell, f"interactive: {client.name}, batch alone, {at}")
+
+
+def _alone(batch: Batch, load: Load, tell: Tell, what: str) -> None:
+    """Before and after the client, so that a machine that slows down is not taken for the client's doing."""
+    tell(what)
+    with _watched(batch, load):
+        time.sleep(ALONE_S / 2)
 
 
 @contextmanager
