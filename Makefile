@@ -33,6 +33,9 @@ test: check  ## check, then every test
 
 bench: $(READY)  ## speed, as ratios measured in one run
 	@$(BIN)/llmos bench throughput
+	@$(BIN)/llmos bench interactive
+	@$(BIN)/llmos bench shares
+	@$(BIN)/llmos bench fork
 	@$(BIN)/llmos bench kill
 	@$(BIN)/llmos bench boot
 

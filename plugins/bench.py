@@ -6,13 +6,16 @@ Not here: the measurements (plugins.benchmarks), what they have shown (docs/perf
 
 import argparse
 
-from plugins.benchmarks import boot, idle, kill, restore, simulated, throughput
+from plugins.benchmarks import boot, forks, idle, interactive, kill, restore, shares, simulated, throughput
 from shell.help import command_help
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
 
 _SPECS = (
     throughput.SPEC,
+    interactive.SPEC,
+    shares.SPEC,
+    forks.SPEC,
     kill.SPEC,
     boot.SPEC,
     idle.SPEC,
@@ -42,11 +45,11 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
 
 SPEC = CommandSpec(
     "bench",
-    "measure speed and latency on this machine, against the raw engine",
+    "measure speed and latency on this machine, against the raw engine and others",
     _run,
     _arguments,
     ("bench throughput", "bench kill --repeat 100 --json"),
     notes="\n".join(
-        [*(f"{name:10}  {spec.summary}" for name, spec in BENCHMARKS.items()), "`bench WHAT -h` says more."]
+        [*(f"{name:11}  {spec.summary}" for name, spec in BENCHMARKS.items()), "`bench WHAT -h` says more."]
     ),
 )

@@ -73,7 +73,7 @@ def test_throughput_notices_a_raw_side_that_says_something_else(
     def other(self: RawSide, prompts: Any, output_tokens: int) -> RawAnswer:
         answer = real(self, prompts, output_tokens)
         changed = (*answer.tokens[1][:-1], answer.tokens[1][-1] ^ 1)
-        return RawAnswer((answer.tokens[0], changed), answer.elapsed_s)
+        return RawAnswer((answer.tokens[0], changed), answer.prefill_s, answer.decode_s)
 
     monkeypatch.setattr(RawSide, "generate", other)
     row = throughput.measure(Job(model, 20, 6, 1), 2, quiet)

@@ -120,7 +120,9 @@ def test_prompt_in_any_chunks_gives_the_same_tokens(random: LlamaEngine) -> None
 def test_engine_draws_what_a_plain_loop_draws(folder: Path) -> None:
     path = write(folder, Recipe(width=128, vocabulary=2000, seed=3))
     prompts = [numbers(20 + i, i, max_tokens=30) for i in range(4)]
-    raw = rawloop.generate(str(path), [prompt.tokens for prompt in prompts], 30, 256)
+    loop = rawloop.RawLoop(str(path), len(prompts), 256)
+    raw = loop.generate([prompt.tokens for prompt in prompts], 30, ignore_eos=False)
+    loop.free()
     engine = open_quietly(path, EngineOptions(context_tokens=256, sequences=4))
     for seq, prompt in enumerate(prompts):
         engine.open(seq, prompt, GREEDY)

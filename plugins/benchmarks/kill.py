@@ -20,7 +20,15 @@ from pathlib import Path
 
 from kernel.errors import KernelFault
 from kernel.syscall import Signal
-from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
+from plugins.benchmarks.machine import (
+    Machine,
+    booted,
+    check_idle,
+    model_argument,
+    model_path,
+    options,
+    random_text,
+)
 from plugins.benchmarks.probe import Freed, ProbedDriver
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.spread import Tail
@@ -111,9 +119,13 @@ class Bench:
 
     def _reading(self) -> int:
         """A process that is somewhere in its prompt, if all goes well."""
-        pid = self.machine.system.spawn(self.machine.spec("x" * PROMPT_TOKENS, 0, nice=-20))
-        time.sleep(self.random.uniform(0.2, 0.8) * self._prompt_s)
+        pid = self.machine.system.spawn(self.machine.spec(self._long(), 0, nice=-20))
+        time.sleep(self.random.uniform(0.05, 0.4) * self._prompt_s)
         return pid
+
+    def _long(self) -> str:
+        """A prompt of which nothing is in a cache."""
+        return random_text(PROMPT_TOKENS, str(self.random.random()))
 
     def _drawing(self) -> int:
         """A process that has begun to answer."""

@@ -5,6 +5,7 @@ Also here: the model that is measured if none is named.
 Not here: what is measured.
 """
 
+import random
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from shell.registry import Arguments
 from shell.session import Shell
 
 GREEDY = Sampling(temperature=0.0, ignore_eos=True)
+_LETTERS = "abcdefghijklmnopqrstuvwxyz     "
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,11 @@ def booted(path: Path, options: EngineOptions, driver: Driver | None = None) -> 
         yield Machine(kernel, system, model)
     finally:
         system.shutdown()
+
+
+def random_text(length: int, seed: str) -> str:
+    """A prompt of so many characters. With the model of our own, a character is a token."""
+    return "".join(random.Random(seed).choices(_LETTERS, k=length - 1)) + "."
 
 
 def options(path: Path, seats: int, window_tokens: int, threads: int = 0) -> EngineOptions:

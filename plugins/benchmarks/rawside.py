@@ -1,7 +1,10 @@
-"""The yardstick in a process of its own: `python -m plugins.benchmarks.rawside FILE WINDOW THREADS`.
+"""The yardstick in a process of its own: `python -m plugins.benchmarks.rawside FILE SEATS WINDOW THREADS`.
 
 A child, as the LLMOS engine is one, so that what the parent does meanwhile costs both the same. It is
-idle until a line of JSON says what to compute.
+idle until a line of JSON says what to compute. It draws as the other side does: the tokens that would end
+an answer are excluded, at the same cost, and its context lives as long, so neither meets memory cold.
+What still differs: it computes one prompt after the other in whole chunks, and its clock does not count
+tokenising, text, and the way of a prompt and of the tokens from one process to another.
 Owner: the throughput benchmark. Not here: the loop (drivers.llamacpp.rawloop).
 """
 
@@ -23,17 +26,23 @@ _ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GGML_NO_BACKTRACE": "1"}  # as dr
 
 @dataclass(frozen=True, slots=True)
 class RawAnswer:
-    """The output of each prompt, and the seconds from the first prompt token to the last output token."""
+    """The output of each prompt; the seconds until each had its first token, and from there to the last."""
 
     tokens: tuple[tuple[int, ...], ...]
-    elapsed_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.prefill_s + self.decode_s
 
 
 class RawSide:
     """The child, as the parent sees it."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        words = [str(path), str(options.context_tokens), str(options.threads)]
+        numbers = (options.sequences, options.context_tokens, options.threads)
+        words = [str(path), *map(str, numbers)]
         import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "plugins.benchmarks.rawside", *words],
@@ -53,6 +62,10 @@ class RawSide:
         self._process.kill()
         self._process.communicate()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> RawAnswer:
         """Continue all prompts together, greedily. Raises WorkerDied."""
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -64,19 +77,20 @@ class RawSide:
         line = self._process.stdout.readline()
         if not line:
             raise WorkerDied(f"the raw loop died: exit status {self._process.wait()}")
-        tokens, elapsed_s = json.loads(line)
-        return RawAnswer(tuple(map(tuple, tokens)), elapsed_s)
+        tokens, prefill_s, decode_s = json.loads(line)
+        return RawAnswer(tuple(map(tuple, tokens)), prefill_s, decode_s)
 
 
 def main() -> int:
     """Serve until standard input ends."""
     from drivers.llamacpp import rawloop  # imports the native library, after the environment is set
 
-    path, window_tokens, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    loop = rawloop.RawLoop(sys.argv[1], *map(int, sys.argv[2:5]))
     for line in sys.stdin:
         prompts, output_tokens = json.loads(line)
-        run = rawloop.generate(path, prompts, output_tokens, window_tokens, threads)
-        print(json.dumps([run.tokens, run.prefill_s + run.decode_s]), flush=True)
+        run = loop.generate(prompts, output_tokens, ignore_eos=True)
+        print(json.dumps([run.tokens, run.prefill_s, run.decode_s]), flush=True)
+    loop.free()
     return 0
 
 

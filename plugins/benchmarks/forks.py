@@ -1,0 +1,182 @@
+"""`bench fork`: children of a process that has read a long prompt, against as many independent runs.
+
+Forks: a process is spawned, says its first token and is stopped; then it is forked so many times, and the
+clock stops when every child has drawn a token of its own. It began before the spawn: the prompt, which is
+computed once, is in it. Independent: as many processes are spawned with a prompt of that length each, no
+two alike, to draw one token each. Alternating, in one run. At best the ratio is their number.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kernel.errors import KernelFault, LlmosError, UsageError
+from kernel.syscall import Signal
+from plugins.benchmarks.machine import (
+    Machine,
+    booted,
+    check_idle,
+    model_argument,
+    model_path,
+    options,
+    random_text,
+)
+from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.spread import Spread
+from plugins.benchmarks.throughput import positive
+from shell.registry import Arguments, CommandSpec
+from shell.render import Column, write_table
+from shell.session import Shell
+
+AIM_SPEEDUP = 7.0
+AIM_BYTES = 1.05
+OUTPUT_TOKENS = 64  # that the parent and its children may draw; they are stopped before
+PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All repetitions. Bytes are of KV, as the kernel accounts for them."""
+
+    children: int
+    prompt_tokens: int
+    forked_s: Spread  # from the parent's spawn to the last child's first token
+    fork_s: Spread  # from the first fork to the last child's first token
+    independent_s: Spread
+    speedup: Spread
+    copies: Spread  # the family's bytes over the parent's alone
+
+
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    prompt_tokens: int
+    elapsed_s: float
+    fork_s: float
+    copies: float
+
+
+def measure(path: Path, children: int, characters: int, repeat: int, tell: Tell) -> Result:
+    """Both, in turn. Raises KernelFault if a process says nothing."""
+    tell("fork: loading")
+    with booted(path, options(path, children + 1, characters + OUTPUT_TOKENS + 16)) as machine:
+        _forked(machine, children, random_text(characters, "warm-up"))
+        pairs = []
+        for number in range(repeat):
+            tell(f"fork: {children} children, {number + 1} of {repeat}")
+            forked = _forked(machine, children, random_text(characters, f"parent {number}"))
+            tell(f"fork: {children} independent runs, {number + 1} of {repeat}")
+            texts = [random_text(characters, f"{number} {each}") for each in range(children)]
+            pairs.append((forked, _independent(machine, texts)))
+    return Result(
+        children,
+        pairs[0][0].prompt_tokens,
+        Spread.of([forked.elapsed_s for forked, _ in pairs]),
+        Spread.of([forked.fork_s for forked, _ in pairs]),
+        Spread.of([independent_s for _, independent_s in pairs]),
+        Spread.of([independent_s / forked.elapsed_s for forked, independent_s in pairs]),
+        Spread.of([forked.copies for forked, _ in pairs]),
+    )
+
+
+def _forked(machine: Machine, children: int, text: str) -> _Forked:
+    system = machine.system
+    begin_s = time.monotonic()
+    parent = system.spawn(machine.spec(text, OUTPUT_TOKENS))
+    pids = [parent]
+    try:
+        _await_text(machine, parent, 0)
+        system.signal(parent, Signal.STOP)
+        said = system.read(parent, 0).next_offset
+        forks_s = time.monotonic()
+        pids += [system.fork(parent) for _ in range(children)]
+        for pid in pids[1:]:
+            _await_text(machine, pid, said)
+            with suppress(LlmosError):  # it has drawn all it may
+                system.signal(pid, Signal.STOP)
+        end_s = time.monotonic()
+        views = [system.process(pid) for pid in pids]
+        alone_bytes = max(1, views[0].kv_bytes)
+        copies = sum(view.kv_bytes for view in views) / alone_bytes
+        return _Forked(views[0].prompt_tokens, end_s - begin_s, end_s - forks_s, copies)
+    finally:
+        _end(machine, pids)
+
+
+def _independent(machine: Machine, texts: Sequence[str]) -> float:
+    """Seconds from the first spawn until each has drawn a token."""
+    begin_s = time.monotonic()
+    pids: list[int] = []
+    try:
+        pids += [machine.system.spawn(machine.spec(text, 1)) for text in texts]
+        for pid in pids:
+            _await_text(machine, pid, 0)
+        return time.monotonic() - begin_s
+    finally:
+        _end(machine, pids)
+
+
+def _await_text(machine: Machine, pid: int, offset: int) -> None:
+    if not machine.system.read(pid, offset, PATIENCE_S).text:
+        raise KernelFault(f"process {pid} says nothing")
+
+
+def _end(machine: Machine, pids: Sequence[int]) -> None:
+    for pid in pids:
+        with suppress(LlmosError):  # it has ended by itself
+            machine.system.signal(pid, Signal.KILL)
+        machine.system.reap(pid)
+
+
+def _arguments(parser: Arguments) -> None:
+    model_argument(parser)
+    parser.add("--children", type=positive, default=8, metavar="N", help="forks; 8")
+    parser.add("--prompt", type=positive, default=1000, metavar="N", help="characters of the prompt; 1000")
+    parser.add("--repeat", type=positive, default=5, metavar="R", help="pairs of runs; 5")
+    parser.add("--json", action="store_true", help="one object")
+
+
+def _run(shell: Shell, args: argparse.Namespace) -> int:
+    check_idle(shell)
+    if args.children > 255:
+        raise UsageError("bench fork: at most 255 children")
+    with progress(shell.err) as tell:
+        path = model_path(shell, args.model, tell)
+        result = measure(path, args.children, args.prompt, args.repeat, tell)
+    if args.json or shell.json:
+        shell.out.line(json.dumps(report(path, result)))
+        return 0
+    shell.out.line(f"{result.children} children of a process with {result.prompt_tokens} prompt tokens")
+    write_table(shell.out, _COLUMNS, [result])
+    return 0
+
+
+def report(path: Path, result: Result) -> dict[str, object]:
+    """What --json prints."""
+    aims = {"aim_speedup": AIM_SPEEDUP, "aim_copies": AIM_BYTES}
+    return {"model": str(path), **aims, **asdict(result)}
+
+
+def _ms(spread: Spread) -> str:
+    return Spread(*(1000 * value for value in (spread.least, spread.median, spread.most))).text(0)
+
+
+_COLUMNS: list[Column[Result]] = [
+    Column("FORKED MS", lambda row: _ms(row.forked_s), right=True, keep=60),
+    Column("OF IT FORKS", lambda row: _ms(row.fork_s), right=True, keep=70),
+    Column("INDEPENDENT MS", lambda row: _ms(row.independent_s), right=True, keep=50),
+    Column("RATIO", lambda row: row.speedup.text(), right=True, keep=99),
+    Column("KV OF ALL / OF ONE", lambda row: row.copies.text(), right=True, keep=90),
+]
+
+SPEC = CommandSpec(
+    "bench fork",
+    "children of a long prompt, against as many independent runs",
+    _run,
+    _arguments,
+    ("bench fork --children 8 --prompt 1000",),
+    notes="The prompt is in both times, so the ratio is at best the number of children.",
+)
