@@ -6,7 +6,7 @@ Not here: the measurements (plugins.benchmarks), what they have shown (docs/perf
 
 import argparse
 
-from plugins.benchmarks import boot, idle, kill, restore, simulated, throughput
+from plugins.benchmarks import boot, eviction, idle, kill, restore, simulated, throughput
 from shell.help import command_help
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
@@ -20,6 +20,7 @@ _SPECS = (
     simulated.FAIRNESS,
     simulated.LATENCY,
     simulated.SCALE,
+    eviction.SPEC,
 )
 BENCHMARKS = {spec.name.split()[1]: spec for spec in _SPECS}
 
