@@ -17,7 +17,7 @@ from drivers.sim import SimDriver
 from drivers.simmodel import SimFaults, SimModel
 from kernel.clock import RealClock
 from kernel.config import KernelConfig
-from kernel.device import DeviceInfo, Driver, EngineOptions
+from kernel.device import DeviceInfo, Driver, EngineOptions, Sampling
 from kernel.errors import AdmissionRefused, Interrupted, LlmosError, NotPermitted
 from kernel.kernel import Kernel, Parts
 from kernel.process import ProcessSpec, Signal
@@ -500,3 +500,45 @@ def test_threads_in_earnest() -> None:
     system.shutdown()
     assert len(pids) > 40
     assert {view.exit_code for view in ended if view is not None} <= {0, 137} and None not in ended
+
+
+def test_a_chat_whose_model_was_evicted_while_it_slept_goes_on_when_its_user_speaks() -> None:
+    talker = ProcessSpec("a", (), program="chat", sampling=Sampling(seed=4), max_tokens=30)
+
+    def talk(sim: SimSystem, between: bool) -> str:
+        pid = sim.system.spawn(talker)
+        sim.system.say(pid, "one two")
+        finish(sim)
+        assert sim.system.process(pid).state == "SLEEPING"
+        if between:
+            run(sim, "b", 5)
+            finish(sim)
+            assert states(sim)["a"] == "waiting" and loaded(sim) == "b"
+            other = run(sim, "b", 200)
+            sim.run_until(80)
+        sim.system.say(pid, "three")
+        sim.system.say(pid, "four")
+        if between:
+            assert sim.system.process(pid).waits_for == "405.0 MiB on sim0 for a"
+            assert sim.system.process(other).exit_code is None
+        finish(sim)
+        sim.system.hang_up(pid)
+        view = sim.system.process(pid)
+        assert (view.exit_code, view.output_tokens) == (0, 90)
+        return sim.output(pid)
+
+    assert talk(machine(1), True) == talk(machine(2), False)
+
+
+def test_what_is_swapped_out_and_what_is_declared_are_booked_apart() -> None:
+    """Both are one process's bytes in RAM; giving back the one leaves the other."""
+    sim = machine(1)
+    pid = run(sim, "a", 300, mem_bytes=1000)
+    sim.run_until(40)
+    sim.kernel.check_integrity()
+    swapped = sim.system.swap_out(pid)
+    ram = sim.kernel.ledger.held(f"process {pid}")["ram"]
+    assert ram == ({"declared": 1000, "kv": swapped} if swapped else {"declared": 1000})
+    sim.system.swap_in(pid)
+    finish(sim)
+    assert sim.output(pid) == alone(300) and sim.kernel.ledger.held(f"process {pid}") == {}
