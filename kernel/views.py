@@ -18,8 +18,6 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
     engine = model.host.info if model and model.host else None
     told = process.is_chat or not process.alive  # one bad line of many is told at the end
     error = process.error if told else None
-    due = process.share_due
-    error = None if process.alive else process.error  # one bad line of many is told at the end
     due, holds = process.share_due, process.admitted and process.alive
     if model is not None:
         due += sum(model.queue.due(t) for t in process.threads if t in model.queue)

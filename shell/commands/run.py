@@ -211,12 +211,10 @@ SPECS = (
         _run,
         _arguments,
         (
-            'run nano "list the files here"',
-            "run nano -f report.md summarize > sum.txt &",
+            "run nano --cpus 0.5 --mem 512M -f report.md summarize > sum.txt &",
             "run nano --lines < q.txt",
         ),
-        notes="The words are joined by blanks and are never file patterns. `--` ends the options.\n"
-        "All of the input is read before the first answer, with --lines too (256 MiB at most).",
+        notes="Words are joined by blanks, never file patterns; `--` ends the options. Input is read first.",
         group="processes",
         background=True,
         patterns=False,
