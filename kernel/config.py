@@ -22,4 +22,6 @@ class KernelConfig:
     disk_reserve_bytes: int = 1 << 30  # likewise of the disk that is swapped to
     prefill_chunk_tokens: int = 128  # of a prompt, in one grant
     prefill_chunk_min_tokens: int = 32  # smaller chunks waste the device, however slow it is
+    patience: float = 4.0  # times what loading it costs that a model waits for others that are in use
+    waiting_poll_s: float = 0.25  # how often it is looked after those who wait
     seat_slice_s: float = 1.0  # device time a process keeps its seat when others wait for one

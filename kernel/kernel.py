@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from kernel.admission import Admission
 from kernel.bus import Bus
 from kernel.clock import Clock
 from kernel.config import KernelConfig
@@ -19,7 +20,7 @@ from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
 from kernel.errors import AdmissionRefused, KernelFault, LlmosError, NotPermitted, UsageError, WorkerDied
 from kernel.explain import held_out
-from kernel.memory import MemoryLedger, Pool
+from kernel.memory import MemoryLedger, Pool, Resources
 from kernel.message import Message
 from kernel.models import Catalog, Model, ModelState
 from kernel.policy import policy_named
@@ -48,6 +49,8 @@ class Parts:
     journal: Path | None = None  # the folder that survives a crash; None: nothing does
     swap: Path | None = None  # the folder for KV state that RAM is too short for
     ram_bytes: int = 64 << 30  # of the host, where no device computes in it
+    ram_resident: Callable[[], int] | None = None  # what LLMOS and its workers hold of what is not available
+    resources: Resources = field(default_factory=Resources)
 
 
 class Kernel:
@@ -70,20 +73,22 @@ class Kernel:
         self.dispatchers: dict[str, Dispatcher] = {}  # by device; fixed after boot
         self._threads: list[threading.Thread] = []
         self.down = False  # guarded by table.lock
+        self.admission = Admission(self)
         for driver in parts.drivers.values():
             for device in driver.devices():
                 self._add_device(device)
         self._add_host_pools()
+        self.admission.add_processors()
 
     # Boot and shutdown
 
     def _add_device(self, device: DeviceInfo) -> None:
         if device.name in self.dispatchers:
             return
-        reserve, available = 0, None
         if device.kind == "cpu":
-            reserve, available = self.config.ram_reserve_bytes, self.parts.ram_available
-        self.ledger.add_pool(Pool(device.pool, device.memory_bytes, reserve, available))
+            self._add_ram(device.memory_bytes)
+        else:
+            self.ledger.add_pool(Pool(device.pool, device.memory_bytes))
         dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
         if self.parts.threaded:
@@ -95,11 +100,13 @@ class Kernel:
         """Where KV state is swapped out to."""
         parts = self.parts
         if not self.ledger.has_pool(RAM):
-            self.ledger.add_pool(
-                Pool(RAM, parts.ram_bytes, self.config.ram_reserve_bytes, parts.ram_available)
-            )
+            self._add_ram(parts.ram_bytes)
         if parts.swap is not None:
             self.ledger.add_pool(disk_pool(parts.swap, self.config.disk_reserve_bytes))
+
+    def _add_ram(self, size_bytes: int) -> None:
+        parts, reserve_bytes = self.parts, self.config.ram_reserve_bytes
+        self.ledger.add_pool(Pool(RAM, size_bytes, reserve_bytes, parts.ram_available, parts.ram_resident))
 
     def _serve(self, dispatcher: Dispatcher) -> None:
         """A dispatcher's thread. A bug in the kernel ends the device's processes, not the shell."""
@@ -157,6 +164,7 @@ class Kernel:
         with self.table.lock:
             self.table.check_integrity()
             self.ledger.check_integrity()
+            self.admission.check_integrity()
             for model in self.models.values():
                 model.queue.check_integrity()
                 for seat, thread in enumerate(model.seats):
@@ -172,14 +180,19 @@ class Kernel:
         )
         model = self.residency.want(entry, options)
         with self.table.lock:
-            self.residency.check_wanted(model)
+            model = self.residency.check_wanted(model)
+            self.admission.check(spec, model)
             process = self.new_process(spec, entry.name, ppid)
         self.begin(process, model)
         return process
 
     def new_process(self, spec: ProcessSpec, model: str, ppid: int) -> Process:
         group = self._group(spec.group)
-        process = self.table.add(spec, model, ppid, self.clock)
+        try:
+            process = self.table.add(spec, model, ppid, self.clock)
+        except AdmissionRefused:
+            self.admission.forget(self.models[model])
+            raise
         process.group = group
         self.models[model].users.add(process.pid)
         return process
@@ -193,9 +206,18 @@ class Kernel:
             if exit_code is not None or process.is_over:
                 self.ended(process, exit_code or 0)
                 return
-            self._resume(process, model)
+            self.admission.enter(process)
             self.touched(process)
             self.publish("process", pid=process.pid, state=process.state.value)
+
+    def let_run(self, process: Process, model: Model) -> None:
+        """It has been admitted. With the table's lock held."""
+        if process.is_chat:
+            process.state = State.SLEEPING
+            self._take_turn(process, model)
+        else:
+            process.state = State.RUNNABLE if model.state is ModelState.LOADED else State.NEW
+            self._wake(process, model)
 
     def touched(self, process: Process) -> None:
         """A process has something new that a crash must not lose. With the table's lock held."""
@@ -230,19 +252,15 @@ class Kernel:
         process.state = State.STOPPED
         dispatcher.interrupt()
         self._changed(process)
+        self.admission.settle_soon()  # its model may have nothing to run now
 
     def _continue(self, process: Process) -> None:
         if process.state is State.STOPPED:
-            self._resume(process, self.models[process.model])
+            self._resume(process)
 
-    def _resume(self, process: Process, model: Model) -> None:
-        """Let it run, from wherever it is."""
-        if process.is_chat:
-            process.state = State.SLEEPING
-            self._take_turn(process, model)
-        else:
-            process.state = State.RUNNABLE if model.host else State.NEW
-            self._wake(process, model)
+    def _resume(self, process: Process) -> None:
+        """Let it run, from wherever it is, as soon as it is admitted: its model may have gone meanwhile."""
+        self.admission.enter(process)
         self._changed(process)
 
     def _take_turn(self, process: Process, model: Model) -> None:
@@ -268,7 +286,7 @@ class Kernel:
             process.turns = process.turns or []
             process.turns.append(text)
             if process.state is State.SLEEPING:
-                self._take_turn(process, self.models[process.model])
+                self.admission.enter(process)
             self.touched(process)
             return process.items - 1
 
@@ -312,7 +330,7 @@ class Kernel:
             process = self.table.alive(pid)
             model = self.models[process.model]
             if held_out(process, model):
-                self._resume(process, model)
+                self._resume(process)
 
     def renice(self, pid: int, nice: int) -> int:
         check_nice(nice)
@@ -380,6 +398,7 @@ class Kernel:
         process.ended_s = self.clock.now_s()
         process.stdout.close()
         self._changed(process)
+        self.admission.left(process)
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone. With the table's lock held."""

@@ -1,7 +1,8 @@
 """Loading: opens a model's engine, off the dispatcher's thread, and opens it again when its worker died.
 
 Owner: the kernel. Lock: the process table's, never held while a driver loads.
-Not here: which file a name means (the catalog), what the processes do meanwhile (kernel).
+Not here: which file a name means (the catalog), when there is room (admission), what the processes do
+meanwhile (kernel).
 """
 
 import threading
@@ -9,9 +10,8 @@ from collections.abc import Callable
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
-from kernel.device import EngineHost, EngineInfo
+from kernel.device import EngineHost
 from kernel.errors import Interrupted, KernelFault, LlmosError
-from kernel.memory import MemoryLedger
 from kernel.models import Model
 
 Log = Callable[[str, str, str], None]  # level, source, text
@@ -24,7 +24,6 @@ class Loader:
         self,
         config: KernelConfig,
         clock: Clock,
-        ledger: MemoryLedger,
         log: Log,
         done: Callable[[Model, EngineHost | None, LlmosError | None], None],
         *,
@@ -32,21 +31,12 @@ class Loader:
     ) -> None:
         self.config = config
         self.clock = clock
-        self.ledger = ledger
         self.log = log
         self.done = done
         self.threaded = threaded
 
     def load(self, model: Model, delay_s: float = 0.0) -> None:
-        """Claim the memory, then open the engine; `done` hears of it. Raises AdmissionRefused."""
-        if not delay_s:
-            estimate = model.driver.estimate(model.info, model.options)
-            sizes = {
-                "weights": estimate.weights_bytes,
-                "kv": estimate.kv_bytes,
-                "compute": estimate.compute_bytes,
-            }
-            self.ledger.claim(model.device.pool, model.name, sizes)
+        """Open the engine; `done` hears of it. Its memory has been claimed."""
         if self.threaded:
             name = f"load {model.name}"
             threading.Thread(target=self._open, args=(model, delay_s), name=name, daemon=True).start()
@@ -73,6 +63,7 @@ class Loader:
         if delay_s:
             self.clock.sleep(delay_s)
         host, error = None, None
+        began_s = self.clock.now_s()
         try:
             host = model.driver.open(
                 model.info,
@@ -83,7 +74,7 @@ class Loader:
             )
             if model.cancelled:
                 raise Interrupted(f"loading {model.name} was cancelled")
-            self._correct(model, host.info)
+            model.usage.load_s = self.clock.now_s() - began_s
         except LlmosError as caught:
             error = caught
         except Exception as caught:  # a driver's bug must not leave its processes waiting for ever
@@ -91,10 +82,6 @@ class Loader:
         if error is not None and host is not None:
             host.shutdown()
         self.done(model, host if error is None else None, error)
-
-    def _correct(self, model: Model, info: EngineInfo) -> None:
-        sizes = {"weights": info.weights_bytes, "kv": info.kv_bytes, "compute": info.compute_bytes}
-        self.ledger.correct(model.device.pool, model.name, sizes)
 
     @staticmethod
     def _progress(model: Model, fraction: float) -> bool:

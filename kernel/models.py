@@ -5,13 +5,14 @@ Lock: the process table's.
 Not here: loading (kernel.loader), files and folders (the catalog that boot hands in).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, ModelInfo
+from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate, ModelInfo
 from kernel.errors import LlmosError
 from kernel.process import Thread
 from kernel.runqueue import RunQueue
@@ -39,10 +40,40 @@ class Catalog(Protocol):
 
 
 class ModelState(Enum):
+    WAITING = "waiting"  # for memory
     LOADING = "loading"
     LOADED = "loaded"
+    EVICTING = "evicting"  # idle, and somebody needs its memory
     FAILED = "failed"
     QUARANTINED = "quarantined"
+
+
+GUESSED_LOAD_BYTES_S = 1e9
+"""Of a model that has never been loaded."""
+
+_NEWEST = 0.2  # weight of the last gap in the mean
+
+
+@dataclass(slots=True, eq=False)
+class Usage:
+    """What is known of a model, in memory or not: what loading it costs, and how often it is used."""
+
+    load_s: float = 0.0  # the last load, as measured
+    last_s: float | None = None  # when a process last came for it
+    gap_s: float | None = None  # between two that came, on average
+
+    def count(self, now_s: float) -> None:
+        """A process has come for it."""
+        if self.last_s is not None:
+            gap_s = now_s - self.last_s
+            self.gap_s = gap_s if self.gap_s is None else self.gap_s + _NEWEST * (gap_s - self.gap_s)
+        self.last_s = now_s
+
+    def next_use_s(self, now_s: float) -> float:
+        """Seconds until the next one is expected: a gap after the last; overdue, as far off as it is late."""
+        if self.last_s is None or self.gap_s is None:
+            return math.inf
+        return max(1e-3, abs(self.last_s + self.gap_s - now_s))
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +86,9 @@ class Model:
     driver: Driver
     device: DeviceInfo
     options: EngineOptions
-    state: ModelState = ModelState.LOADING
+    estimate: Estimate
+    usage: Usage
+    state: ModelState = ModelState.WAITING
     host: EngineHost | None = None
     queue: RunQueue = field(default_factory=RunQueue)  # its runnable threads
     seats: list[Thread | None] = field(default_factory=list)
@@ -66,6 +99,8 @@ class Model:
     users: set[int] = field(default_factory=set)  # PIDs
     progress: float = 0.0
     wanted: bool = False  # by a `load`, not only by the process that needs it
+    opened_s: float = 0.0  # when it was loaded last
+    pinned: bool = False  # not evicted, though nothing runs on it
     cancelled: bool = False
     restarts_s: list[float] = field(default_factory=list)  # when its worker was restarted
     error: LlmosError | None = None
@@ -73,6 +108,33 @@ class Model:
     def open_host(self) -> EngineHost:
         assert self.host is not None
         return self.host
+
+    def estimate_sizes(self) -> dict[str, int]:
+        """What the ledger holds for it from the moment its load begins."""
+        estimate = self.estimate
+        return _sizes(estimate.weights_bytes, estimate.kv_bytes, estimate.compute_bytes)
+
+    def measured_sizes(self) -> dict[str, int]:
+        """What the ledger holds for it once it is open."""
+        info = self.open_host().info
+        return _sizes(info.weights_bytes, info.kv_bytes, info.compute_bytes)
+
+    def held_bytes(self) -> int:
+        """What its going would free."""
+        if self.state is ModelState.WAITING:
+            return 0
+        return sum((self.measured_sizes() if self.host else self.estimate_sizes()).values())
+
+    def reload_s(self) -> float:
+        """What loading it costs: the last time's measure, or a guess."""
+        return self.usage.load_s or self.estimate.total_bytes / GUESSED_LOAD_BYTES_S
+
+    def keep_value(self, now_s: float) -> float:
+        """Seconds of loading that a byte of it saves by staying, the less the farther off its next use is."""
+        far_s = self.usage.next_use_s(now_s)
+        if far_s == math.inf:  # used once, or not yet: as far off as that is ago
+            far_s = max(1e-3, now_s - max(self.opened_s, self.usage.last_s or 0.0))
+        return self.reload_s() / max(1, self.held_bytes()) / far_s
 
     def free_seat(self) -> int | None:
         """The lowest free seat: engines like them contiguous."""
@@ -117,4 +179,10 @@ class Model:
             info=self.info,
             engine=host.info if host else None,
             description=self.description,
+            pinned=self.pinned,
+            load_s=self.usage.load_s,
         )
+
+
+def _sizes(weights_bytes: int, kv_bytes: int, compute_bytes: int) -> dict[str, int]:
+    return {"weights": weights_bytes, "kv": kv_bytes, "compute": compute_bytes}

@@ -74,6 +74,10 @@ class ProcessSpec:
     sink: str = ""  # where the shell sends the output; nothing to the kernel, comes back with `resume`
     threads: int = 1
     samples: int = 1
+    cpus: float = 0.0  # processors that it needs from its admission to its end, in fractions
+    gpus: float = 0.0
+    mem_bytes: int = 0  # of RAM, beside the model's weights and KV
+    wait: bool = True  # what does not fit now waits; False: it is refused
 
     @property
     def items(self) -> int:
@@ -109,6 +113,9 @@ def check_spec(spec: ProcessSpec) -> None:
         ("ctx", spec.context_tokens, 0, 2**31 - 1),
         ("threads", spec.threads, 1, 256),
         ("samples", spec.samples, 1, 10_000),
+        ("cpus", spec.cpus, 0.0, 1e6),
+        ("gpus", spec.gpus, 0.0, 1e6),
+        ("mem", spec.mem_bytes, 0, 2**63 - 1),
     ):
         if not least <= value <= most:
             raise UsageError(f"{name} {value} is out of range", f"{least} to {most}")
@@ -260,6 +267,7 @@ class Process:
     error: LlmosError | None = None
     items_failed: int = 0
     reaped: bool = False
+    admitted: bool = False  # its declared needs are claimed
     unclaimed: int = 0  # no item below it is waiting for a thread
     turns: list[str] | None = field(default=None, repr=False)  # of a chat, after `spec.prompts`
     hung_up: bool = False  # nothing more will be said

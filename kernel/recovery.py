@@ -47,6 +47,7 @@ class Recovery:
         from kernel import checkpoint
 
         spec = saved.spec if nice is None else replace(saved.spec, nice=nice)
+        spec = replace(spec, wait=True)  # it was admitted once
         check_spec(spec)
         entry = self.kernel.residency.resolve(spec.model)
         if checkpoint.model_digest(entry.path) != saved.model_digest:
@@ -56,7 +57,7 @@ class Recovery:
             )
         model = self.kernel.residency.want(entry, self.kernel.parts.options)
         with self.kernel.table.lock:
-            self.kernel.residency.check_wanted(model)
+            model = self.kernel.residency.check_wanted(model)
             process = self.kernel.new_process(spec, entry.name, ppid)
             self._fill(process, saved)
             threads = process.threads

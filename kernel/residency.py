@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from kernel.device import Driver, EngineHost, EngineOptions
 from kernel.errors import (
-    AdmissionRefused,
     Interrupted,
     KernelFault,
     LlmosError,
@@ -20,7 +19,8 @@ from kernel.errors import (
     WorkerDied,
 )
 from kernel.loader import Loader
-from kernel.models import CatalogEntry, Model, ModelState
+from kernel.memory import human_bytes
+from kernel.models import CatalogEntry, Model, ModelState, Usage
 from kernel.process import State
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class Residency:
     def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
         self.records: dict[str, Model] = {}  # guarded by the table's lock
+        self.usage: dict[str, Usage] = {}  # guarded by the table's lock; of every model ever used, by name
         parts = kernel.parts
-        self.loader = Loader(
-            parts.config, parts.clock, kernel.ledger, kernel.log, self._load_done, threaded=parts.threaded
-        )
+        self.loader = Loader(parts.config, parts.clock, kernel.log, self._load_done, threaded=parts.threaded)
 
     def resolve(self, word: str) -> CatalogEntry:
         """What a user means by a name or a path: first a model in use, then the catalog.
@@ -68,24 +67,33 @@ class Residency:
                 return Named(str(entry.path), entry.path, entry.description)
         return entry
 
-    def want(self, entry: CatalogEntry, options: EngineOptions, *, explicit: bool = False) -> Model:
-        """The record of a model that is open or on its way; starts the load if need be."""
+    def want(self, entry: CatalogEntry, options: EngineOptions) -> Model:
+        """The record of a model; a new one waits for admission to open it."""
         with self.kernel.table.lock:
             model = self._present(entry.name)
         if model is None:
             driver = self.driver(entry.path)
             info = driver.inspect(entry.path)
-            fresh = Model(entry.name, entry.description, info, driver, driver.devices()[0], options)
+            estimate = driver.estimate(info, options)
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
-                    fresh.queue.set_policy(self.kernel.policy)
-                    model = self.records[entry.name] = fresh
-            if model is fresh:
-                self._begin_load(fresh)
+                    if entry.name in self.records:  # failed, or its load is being cancelled
+                        self._drop(self.records[entry.name])
+                    model = Model(
+                        entry.name,
+                        entry.description,
+                        info,
+                        driver,
+                        driver.devices()[0],
+                        options,
+                        estimate,
+                        self.usage.setdefault(entry.name, Usage()),
+                    )
+                    model.queue.set_policy(self.kernel.policy)
+                    self.records[entry.name] = model
         if model.options != options:
             self._check_options(model, options)
-        model.wanted |= explicit
         return model
 
     @staticmethod
@@ -102,14 +110,11 @@ class Residency:
                     f"`unload {model.name}` first",
                 )
 
-    def _begin_load(self, model: Model) -> None:
-        try:
-            self.loader.load(model)
-        except AdmissionRefused:
-            with self.kernel.table.lock:
-                del self.records[model.name]
-            raise
+    def open(self, model: Model) -> None:
+        """Its memory has been claimed: load it. With the table's lock held."""
+        model.state, model.progress, model.error = ModelState.LOADING, 0.0, None
         self.kernel.publish("model", name=model.name, state=model.state.value)
+        self.loader.load(model)
 
     def _present(self, name: str) -> Model | None:
         model = self.records.get(name)
@@ -120,15 +125,18 @@ class Residency:
             raise model.error
         return model
 
-    def check_wanted(self, model: Model) -> None:
-        """Between `want` and now a short load may have failed, or the model may have been unloaded.
+    def check_wanted(self, model: Model) -> Model:
+        """The record to use: between `want` and now it may have been evicted, or its load may have failed.
 
-        With the table's lock held. Raises what went wrong.
+        With the table's lock held. Raises what went wrong, NotPermitted (somebody unloaded it).
         """
+        if not model.cancelled and model.state is ModelState.WAITING:
+            model = self.records.setdefault(model.name, model)
         if self.records.get(model.name) is not model:
             raise NotPermitted(f"{model.name} was unloaded meanwhile")
         if model.state is ModelState.FAILED and model.error is not None:
             raise model.error
+        return model
 
     def driver(self, path: Path) -> Driver:
         try:
@@ -146,6 +154,7 @@ class Residency:
             else:
                 self._attach(model, host)
             self.kernel.table.changed.notify_all()
+            self.kernel.admission.settle()
         if surplus is not None:
             surplus.shutdown()
         self.kernel.publish("model", name=model.name, state=model.state.value)
@@ -153,12 +162,13 @@ class Residency:
     def _attach(self, model: Model, host: EngineHost) -> None:
         dispatcher = self.kernel.dispatchers[model.device.name]
         model.host, model.state, model.error, model.progress = host, ModelState.LOADED, None, 1.0
-        model.seats = [None] * host.info.sequences
+        self.kernel.ledger.correct(model.device.pool, model.name, model.measured_sizes())
+        model.seats, model.opened_s = [None] * host.info.sequences, self.kernel.clock.now_s()
         if model not in dispatcher.models:
             dispatcher.models.append(model)
         dispatcher.scheduler.attach(model)
-        for process in self.kernel.table:
-            if process.pid in model.users and process.state is State.NEW:
+        for process in map(self.kernel.table.get, model.users):
+            if process.state is State.NEW and any(t in model.queue for t in process.threads):
                 process.state = State.RUNNABLE
         dispatcher.wake_up()
 
@@ -179,6 +189,8 @@ class Residency:
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """An engine is gone: open it again; its processes go on from their tokens."""
         self.kernel.log("error", model.name, error.message)
+        if model.state is ModelState.EVICTING:  # it was to go anyway
+            return
         model.state, model.error = ModelState.LOADING, error
         self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
         try:
@@ -197,12 +209,82 @@ class Residency:
             if model.users:
                 pids = ", ".join(map(str, sorted(model.users)))
                 raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
-            model.cancelled = True
-            del self.records[model.name]
-        if model.host is not None:
-            self.kernel.on_dispatcher(model, lambda: self._detach(model))
-        freed = self.kernel.ledger.release(model.device.pool, model.name)
+            if model.state is ModelState.EVICTING:
+                raise NotPermitted(f"{name} is being evicted: another model needs its memory")
+            is_open = model.host is not None
+            if is_open:
+                self._close(model)
+            else:
+                freed = self._drop(model)
+        if is_open:
+            freed = self.kernel.on_dispatcher(model, lambda: self._evict(model))
         self.kernel.publish("model", name=model.name, state="disk")
+        self.kernel.admission.settle()
+        return freed
+
+    def _drop(self, model: Model) -> int:
+        """Of a model that is not open: on its way, waiting, or quarantined."""
+        model.cancelled = True
+        del self.records[model.name]
+        self.kernel.admission.dropped(model)
+        return self.kernel.ledger.release(model.device.pool, model.name)
+
+    def _close(self, model: Model) -> None:
+        """From now on nothing runs on it, until it is opened again."""
+        model.state = ModelState.EVICTING
+        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+
+    def cancel(self, name: str) -> None:
+        """Stop a load that is going on, or waits for its turn. Raises ModelNotFound."""
+        with self.kernel.table.lock:
+            model = self.record(name)
+            model.cancelled = True
+            if model.state is ModelState.WAITING:
+                self.kernel.admission.dropped(model)
+                self._load_failed(model, Interrupted(f"loading {model.name} was cancelled"))
+                self.kernel.table.changed.notify_all()
+                self.kernel.admission.settle()
+
+    def pin(self, name: str, pinned: bool) -> None:
+        """Raises ModelNotFound, NotPermitted."""
+        entry = self.resolve(name)
+        with self.kernel.table.lock:
+            model = self.records.get(entry.name)
+            if model is None or model.state is ModelState.FAILED:
+                raise NotPermitted(f"{name} is not loaded", f"`load {name}` first")
+            model.pinned = pinned
+            self.kernel.admission.settle()
+
+    # Eviction
+
+    def begin_eviction(self, model: Model) -> None:
+        """Nothing runs on it: let its dispatcher close it. With the table's lock held."""
+        self._close(model)
+        self.kernel.dispatchers[model.device.name].submit(lambda: self._evict_or_say(model))
+        self.kernel.publish("model", name=model.name, state=model.state.value)
+
+    def _evict_or_say(self, model: Model) -> None:
+        freed = self._evict(model)
+        self.kernel.log("info", model.name, f"evicted, {human_bytes(freed)} freed")
+
+    def _evict(self, model: Model) -> int:
+        """On the dispatcher's thread. What stopped processes have on their seats goes to RAM with them."""
+        dispatcher = self.kernel.dispatchers[model.device.name]
+        for thread in [t for t in model.seats if t is not None]:
+            try:
+                dispatcher.swap_out(model, thread)
+            except LlmosError as error:  # it will be computed again
+                self.kernel.log("warn", model.name, f"KV is lost: {error.message}")
+                with self.kernel.table.lock:
+                    thread.seat, thread.computed, thread.known = None, 0, 0
+        self._detach(model)
+        with self.kernel.table.lock:
+            model.seats, model.draining, model.to_close = [], {}, []
+            freed = self.kernel.ledger.release(model.device.pool, model.name)
+            model.state, model.progress, model.wanted = ModelState.WAITING, 0.0, False
+            self.kernel.admission.forget(model)
+            self.kernel.publish("model", name=model.name, state="waiting" if model.users else "disk")
+            self.kernel.admission.settle()
         return freed
 
     def _detach(self, model: Model) -> None:

@@ -43,11 +43,17 @@ class ProcessView:
     command: str
     items_failed: int = 0
     hung_up: bool = False  # nothing more will be said to a chat
+    cpus: float = 0.0  # held in the ledger, as declared; 0 while it waits
+    gpus: float = 0.0
+    mem_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One row of `models`. state: "disk", "loading", "loaded", "failed", "quarantined"."""
+    """One row of `models`.
+
+    state: "disk", "waiting" (for memory), "loading", "loaded", "evicting", "failed", "quarantined".
+    """
 
     name: str
     path: str
@@ -61,11 +67,13 @@ class ModelView:
     info: ModelInfo | None
     engine: EngineInfo | None
     description: str = ""
+    pinned: bool = False  # not evicted while it is idle
+    load_s: float = 0.0  # the last load, as measured
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimView:
-    """One owner's bytes in a pool. kind: "weights", "kv", "compute", "training", "other"."""
+    """One owner's bytes in a pool. kind: "weights", "kv", "compute", "training", "declared", "other"."""
 
     owner: str
     kind: str
@@ -81,6 +89,26 @@ class PoolView:
     used_bytes: int  # the sum of claims
     free_bytes: int  # what can still be admitted
     claims: tuple[ClaimView, ...]
+    reserve_bytes: int = 0  # never admitted: left to the machine
+
+
+@dataclass(frozen=True, slots=True)
+class ShareClaim:
+    """One owner's part of the processors, in thousandths of one."""
+
+    owner: str
+    milli: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShareView:
+    """Processors that processes have declared to need: "cpus", "gpus". In thousandths of one."""
+
+    name: str
+    capacity_milli: int
+    used_milli: int  # the sum of claims
+    free_milli: int
+    claims: tuple[ShareClaim, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +135,7 @@ class SystemView:
     models: tuple[ModelView, ...]
     devices: tuple[DeviceView, ...]
     pools: tuple[PoolView, ...]
+    shares: tuple[ShareView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

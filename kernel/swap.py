@@ -85,7 +85,7 @@ class SwapSpace:
         return True
 
     def _release(self, pool: str, owner: str) -> None:
-        self._ledger.release(pool, owner)
+        self._ledger.release(pool, owner, "kv")
 
     def _write(self, folder: Path, blob: bytes) -> IO[bytes] | None:
         begin_s = self._now_s()

@@ -121,7 +121,8 @@ class Syscalls:
         """
         with self._table.lock:
             process = self._table.get(pid)
-            return explain(process, self._kernel.models.get(process.model), self._kernel.clock.now_s())
+            model, now_s = self._kernel.models.get(process.model), self._kernel.clock.now_s()
+            return self._kernel.admission.explain(process) or explain(process, model, now_s)
 
     def wait(self, pid: int, timeout_s: float | None = None) -> ProcessView | None:
         """Block until the process ends; None when the time is up. Raises ProcessNotFound."""
@@ -202,15 +203,28 @@ class Syscalls:
 
     # Models
 
-    def load(self, model: str, options: EngineOptions = EngineOptions()) -> ModelView:  # noqa: B008
+    def load(
+        self,
+        model: str,
+        options: EngineOptions = EngineOptions(),  # noqa: B008
+        *,
+        wait: bool = False,
+    ) -> ModelView:
         """Begin to load a model (by name or path) and return at once. Loading again changes nothing.
 
+        Idle models make room. Where that is not enough, it waits for memory, or without `wait` is refused.
         Raises ModelNotFound, ModelInvalid, AdmissionRefused.
         """
         kernel = self._kernel
         if options == EngineOptions():
             options = kernel.parts.options
-        record = kernel.residency.want(kernel.residency.resolve(model), options, explicit=True)
+        record = kernel.residency.want(kernel.residency.resolve(model), options)
+        with self._table.lock:
+            record = kernel.residency.check_wanted(record)
+            record.wanted = True
+            kernel.admission.load(record, wait=wait)
+        if not kernel.parts.threaded:
+            kernel.dispatchers[record.device.name].serve_requests()
         with self._table.lock:
             return record.view()
 
@@ -218,16 +232,23 @@ class Syscalls:
         """Block until a load ended; None when the time is up. Raises what made the load fail."""
         with self._table.lock:
             record = self._kernel.residency.record(model)
-            if not self._table.changed.wait_for(lambda: record.state is not ModelState.LOADING, timeout_s):
+            coming = (ModelState.WAITING, ModelState.LOADING, ModelState.EVICTING)
+            if not self._table.changed.wait_for(lambda: record.state not in coming, timeout_s):
                 return None
             if record.error is not None:
                 raise record.error
             return record.view()
 
     def cancel_load(self, model: str) -> None:
-        """Stop a load that is going on. Raises ModelNotFound."""
-        with self._table.lock:
-            self._kernel.residency.record(model).cancelled = True
+        """Stop a load that is going on, or waits for memory. Raises ModelNotFound."""
+        self._kernel.residency.cancel(model)
+
+    def pin(self, model: str, pinned: bool = True) -> None:
+        """Keep a loaded model in memory though nothing runs on it; `pinned=False` gives it up again.
+
+        Raises ModelNotFound, NotPermitted (it is not loaded).
+        """
+        self._kernel.residency.pin(model, pinned)
 
     def unload(self, model: str) -> int:
         """Close a model and free its memory; returns the bytes freed.
@@ -281,6 +302,7 @@ class Syscalls:
                 models=tuple(model.view() for model in kernel.models.values()),
                 devices=tuple(device_view(d, rows, now_s) for d in kernel.dispatchers.values()),
                 pools=kernel.ledger.views(),
+                shares=kernel.ledger.shares(),
             )
 
     def host(self) -> HostSample | None:

@@ -18,7 +18,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
     engine = model.host.info if model and model.host else None
     told = process.is_chat or not process.alive  # one bad line of many is told at the end
     error = process.error if told else None
-    due = process.share_due
+    due, holds = process.share_due, process.admitted and process.alive
     if model is not None:
         due += sum(model.queue.due(t) for t in process.threads if t in model.queue)
     return ProcessView(
@@ -52,6 +52,9 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         command=process.spec.command,
         items_failed=process.items_failed,
         hung_up=process.hung_up,
+        cpus=process.spec.cpus if holds else 0.0,
+        gpus=process.spec.gpus if holds else 0.0,
+        mem_bytes=process.spec.mem_bytes if holds else 0,
     )
 
 
@@ -105,6 +108,8 @@ def _waits_for(process: Process, model: Model | None) -> str:
         return ""
     if held_out(process, model):
         return "`swapin`"
+    if process.waits_for:
+        return process.waits_for
     if model.host is None:
         return f"{model.name} to load"
     if process.state in (State.RUNNABLE, State.SWAPPED) and all(t.seat is None for t in process.threads):

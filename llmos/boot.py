@@ -3,6 +3,7 @@
 Reads as a table of contents. Owner: `llmos.cli` calls it once.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from kernel.clock import RealClock
 from kernel.config import KernelConfig
 from kernel.device import Driver, EngineOptions, HostSample
 from kernel.kernel import Kernel, Parts
+from kernel.memory import Resources
 from kernel.syscall import Syscalls
 from llmos.config import Config, load_config
 from llmos.foreign import foreign_sources
@@ -59,6 +61,9 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             host=_host_sensors(),
             journal=paths.state / "journal",
             swap=paths.state / "swap",
+            ram_bytes=_ram_bytes(),
+            resources=Resources(cpus=_cpus()),
+            ram_resident=_ram_resident(),
         )
     )
     system = Syscalls(kernel)
@@ -103,6 +108,44 @@ def _read_key(file: Path) -> bytes:
         return file.read_bytes()
     except OSError:
         return b""
+
+
+def _cpus() -> int:
+    """Processors that LLMOS may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ram_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _ram_resident() -> Callable[[], int] | None:
+    """What LLMOS and its workers hold that the machine does not count as available: mapped files are."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return None
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+
+    def anonymous() -> int:
+        total = 0
+        for pid in ("self", *_children()):
+            with contextlib.suppress(OSError, ValueError):
+                fields = Path(f"/proc/{pid}/statm").read_text().split()
+                total += (int(fields[1]) - int(fields[2])) * page_bytes
+        return total
+
+    return anonymous
+
+
+def _children() -> list[str]:
+    """PIDs of the workers, as Linux knows them by the thread that started each."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += (task / "children").read_text().split()
+    return found
 
 
 def _ram_available() -> int:

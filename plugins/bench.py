@@ -6,7 +6,18 @@ Not here: the measurements (plugins.benchmarks), what they have shown (docs/perf
 
 import argparse
 
-from plugins.benchmarks import boot, forks, idle, interactive, kill, restore, shares, simulated, throughput
+from plugins.benchmarks import (
+    boot,
+    eviction,
+    forks,
+    idle,
+    interactive,
+    kill,
+    restore,
+    shares,
+    simulated,
+    throughput,
+)
 from shell.help import command_help
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
@@ -23,6 +34,7 @@ _SPECS = (
     simulated.FAIRNESS,
     simulated.LATENCY,
     simulated.SCALE,
+    eviction.SPEC,
 )
 BENCHMARKS = {spec.name.split()[1]: spec for spec in _SPECS}
 

@@ -1,12 +1,15 @@
 """Every test has a home of its own, and none runs a long campaign by accident."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any test loads a native library: spinning OpenMP threads starve a machine that does anything else.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+
+from kernel.kernel import Kernel
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +23,22 @@ def llmos_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("HF_HOME", "HF_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     return home
+
+
+@pytest.fixture(autouse=True)
+def integrity(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test did to a kernel of its own, every invariant of every table holds at its end."""
+    kernels: list[Kernel] = []
+    boot = Kernel.__init__
+
+    def booting(kernel: Kernel, *arguments: object) -> None:
+        boot(kernel, *arguments)  # type: ignore[arg-type]
+        kernels.append(kernel)
+
+    monkeypatch.setattr(Kernel, "__init__", booting)
+    yield
+    for kernel in kernels:
+        kernel.check_integrity()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

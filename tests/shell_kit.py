@@ -13,9 +13,10 @@ from typing import Any
 
 from drivers.sim import SimDriver
 from kernel.clock import RealClock
-from kernel.device import DeviceInfo
+from kernel.device import DeviceInfo, Driver
 from kernel.errors import ModelNotFound
 from kernel.kernel import Kernel, Parts
+from kernel.memory import Resources
 from kernel.syscall import Syscalls
 from shell.commands import builtin_registry
 from shell.interpreter import run_argv, run_line, run_text
@@ -111,10 +112,11 @@ def interrupted(after_s: float = 0.2) -> Iterator[None]:
 
 
 @contextmanager
-def booted() -> Iterator[Syscalls]:
+def booted(resources: Resources = Resources()) -> Iterator[Syscalls]:  # noqa: B008
     device = DeviceInfo("sim0", "sim", "simulated", 64 << 30)
     with TemporaryDirectory() as folder:
-        kernel = Kernel(Parts(RealClock(), {".sim": SimDriver([device])}, Models(Path(folder))))
+        drivers: dict[str, Driver] = {".sim": SimDriver([device])}
+        kernel = Kernel(Parts(RealClock(), drivers, Models(Path(folder)), resources=resources))
         system = Syscalls(kernel)
         try:
             yield system
@@ -125,7 +127,11 @@ def booted() -> Iterator[Syscalls]:
 
 @contextmanager
 def session(
-    *, terminal: bool = False, environment: dict[str, str] | None = None, **options: Any
+    *,
+    terminal: bool = False,
+    environment: dict[str, str] | None = None,
+    resources: Resources = Resources(),  # noqa: B008
+    **options: Any,
 ) -> Iterator[Session]:
-    with booted() as system:
+    with booted(resources) as system:
         yield Session(system, terminal=terminal, environment=environment or {}, **options)

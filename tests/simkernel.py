@@ -11,6 +11,7 @@ from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Sampling
 from kernel.errors import ModelNotFound
 from kernel.kernel import Kernel, Parts
+from kernel.memory import Resources
 from kernel.process import ProcessSpec
 from kernel.syscall import Syscalls
 
@@ -50,11 +51,14 @@ class SimSystem:
         swap: Path | None = None,
         ram_bytes: int = 64 << 30,
         journal: Path | None = None,
+        *,
+        device: DeviceInfo = SIM_DEVICE,
+        resources: Resources | None = None,
     ) -> None:
         self.models = dict(models or {"m": SimModel(mean_tokens=0)})
         self.clock = ManualClock()
         by_file = {f"{name}.sim": model for name, model in self.models.items()}
-        driver = SimDriver([SIM_DEVICE], sleep=self.clock.sleep, models=by_file)
+        driver = SimDriver([device], sleep=self.clock.sleep, models=by_file)
         self.kernel = Kernel(
             Parts(
                 clock=self.clock,
@@ -66,6 +70,7 @@ class SimSystem:
                 swap=swap,
                 ram_bytes=ram_bytes,
                 journal=journal,
+                resources=resources or Resources(),
             )
         )
         self.system = Syscalls(self.kernel)

@@ -335,8 +335,8 @@ def test_what_cannot_fit_is_refused_naming_the_bytes() -> None:
 
 def test_load_errors_reach_the_process_and_the_caller() -> None:
     sim = SimSystem({"bad": SimModel(faults=SimFaults(refuse_load="ModelInvalid"))})
-    with pytest.raises(LlmosError, match="refused"):
-        sim.spawn(model="bad")
+    view = sim.system.wait(sim.spawn(model="bad"))
+    assert view is not None and view.exit_code == 126 and "refused" in view.error
     sim.system.load("bad")
     with pytest.raises(LlmosError, match="refused"):
         sim.system.wait_load("bad")

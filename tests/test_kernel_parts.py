@@ -150,7 +150,7 @@ def test_the_ledger_never_admits_more_than_there_is(steps: list[tuple[str, str, 
 
 def test_other_programs_count_as_measured() -> None:
     books = MemoryLedger()
-    books.add_pool(Pool("ram", 100, reserve_bytes=10, available=lambda: 50))
+    books.add_pool(Pool("ram", 100, reserve=10, available=lambda: 50))
     books.claim("ram", "model", {"weights": 30})
     (pool,) = books.views()
     assert {claim.owner: claim.size_bytes for claim in pool.claims} == {"model": 30, "other programs": 20}

@@ -24,6 +24,7 @@ _KINDS = {  # a claim's kind: letter (it tells kinds apart where there is no col
     "kv": ("K", "kv", Style(color="black", bgcolor="green")),
     "compute": ("A", "act", Style(color="black", bgcolor="cyan")),
     "training": ("T", "train", Style(color="black", bgcolor="magenta")),
+    "declared": ("D", "declared", Style(color="black", bgcolor="bright_cyan")),
     "other": ("O", "other", Style(color="black", bgcolor="yellow")),
 }
 _STYLES = {letter: style for letter, _, style in _KINDS.values()}

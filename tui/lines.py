@@ -53,8 +53,9 @@ def _processes(view: SystemView) -> str:
 
 
 def _memory_share(view: SystemView) -> float:
-    """Of the fullest pool."""
-    return max((p.used_bytes / p.capacity_bytes for p in view.pools if p.capacity_bytes), default=0.0)
+    """Of the fullest pool; a full disk is no lack of memory."""
+    pools = [pool for pool in view.pools if pool.capacity_bytes and pool.name != "disk"]
+    return max((pool.used_bytes / pool.capacity_bytes for pool in pools), default=0.0)
 
 
 class Footer(Panel):

@@ -39,6 +39,7 @@ def _chat(shell: Shell, args: argparse.Namespace) -> int:
         command=shell.frame.line,
         context_tokens=args.ctx,
         sink=sink_of(shell.frame),
+        wait=not shell.interactive,
     )
     pid = shell.system.spawn(spec)
     if not stays:

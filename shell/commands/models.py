@@ -16,7 +16,7 @@ from kernel.errors import (
 )
 from kernel.snapshot import ModelView, SystemView
 from kernel.syscall import EngineOptions, ModelInfo
-from shell.commands.run import tokens
+from shell.commands.run import add_wait, tokens, waits
 from shell.commands.store import fit_of, sizes_of
 from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
@@ -47,6 +47,7 @@ def _load_arguments(parser: Arguments) -> None:
     parser.add("--threads", type=tokens, default=0, metavar="N", help="compute threads")
     parser.add("--dry-run", action="store_true", help="load nothing: say what it would take")
     parser.add("--json", action="store_true", help="with --dry-run: one object, in bytes")
+    add_wait(parser)
 
 
 def _load(shell: Shell, args: Namespace) -> int:
@@ -69,7 +70,10 @@ def _load(shell: Shell, args: Namespace) -> int:
 
 def _load_model(shell: Shell, args: Namespace) -> int:
     began_s = time.monotonic()
-    view = shell.system.load(args.model, EngineOptions(args.ctx, args.seats, args.threads))
+    options = EngineOptions(args.ctx, args.seats, args.threads)
+    view = shell.system.load(args.model, options, wait=waits(shell, args))
+    if view.state == "waiting" and not shell.err.animated:
+        shell.note(f"{view.name} waits for memory")
     if shell.frame.background:
         return 0
     view = _wait_load(shell, args.model, view.name, began_s)
@@ -138,6 +142,8 @@ def _draw(shell: Shell, name: str, elapsed_s: float) -> None:
 def _progress(view: ModelView, elapsed_s: float, width: int) -> str:
     """`nano  ▇▇▇░░  81%  4.1/5.1 GiB  2.3 GB/s  eta 0:01`"""
     total = view.info.file_bytes if view.info else 0
+    if view.state != "loading":
+        return f"{view.name}  waits for memory  {format_duration(elapsed_s)}"
     done = int(total * view.load_progress)
     rate = done / elapsed_s if elapsed_s else 0.0
     eta = format_duration((total - done) / rate) if rate else "-:--"
@@ -185,6 +191,20 @@ def _unload_or_say(shell: Shell, name: str, *, keep: bool) -> bool:
     return True
 
 
+def _pin_arguments(parser: Arguments) -> None:
+    parser.add("model", metavar="MODEL", completes=("model",))
+
+
+def _pin(shell: Shell, args: Namespace) -> int:
+    shell.system.pin(args.model)
+    return 0
+
+
+def _unpin(shell: Shell, args: Namespace) -> int:
+    shell.system.pin(args.model, False)
+    return 0
+
+
 def _models_arguments(parser: Arguments) -> None:
     parser.add("--json", action="store_true", help="one array, all fields")
 
@@ -222,10 +242,19 @@ def _row(shell: Shell, view: ModelView, machine: SystemView) -> _Row:
 
 
 def _state(row: _Row) -> str:
-    return f"{row.view.load_progress:.0%}" if row.view.state == "loading" else row.view.state
+    if row.view.state == "loading":
+        return f"{row.view.load_progress:.0%}"
+    return "pinned" if row.view.pinned and row.view.state == "loaded" else row.view.state
 
 
-_STATE_COLOURS = {"loaded": "green", "loading": "cyan", "failed": "red", "quarantined": "red"}
+_STATE_COLOURS = {
+    "loaded": "green",
+    "pinned": "green",
+    "loading": "cyan",
+    "waiting": "cyan",
+    "failed": "red",
+    "quarantined": "red",
+}
 
 _COLUMNS: list[Column[_Row]] = [
     Column("NAME", lambda r: r.view.name, keep=99, flexible=True),
@@ -247,7 +276,7 @@ SPECS = (
         _load,
         _load_arguments,
         ("load nano", "load qwen3-8b --ctx 8k", "load qwen3-8b --ctx 32k --dry-run", "load work.ckpt &"),
-        notes="^C cancels. With `&` it loads in the background.",
+        notes="^C cancels. With `&` it loads in the background. Idle models that are not pinned make room.",
         group="models",
         background=True,
     ),
@@ -259,6 +288,16 @@ SPECS = (
         ("unload nano", "unload --all"),
         group="models",
     ),
+    CommandSpec(
+        "pin",
+        "keep a loaded model in memory, though nothing runs on it",
+        _pin,
+        _pin_arguments,
+        ("pin nano",),
+        notes="Without a pin, an idle model goes when another needs its memory.",
+        group="models",
+    ),
+    CommandSpec("unpin", "take a pin back", _unpin, _pin_arguments, ("unpin nano",), group="models"),
     CommandSpec(
         "models",
         "list models, loaded or not",

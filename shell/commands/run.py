@@ -35,6 +35,29 @@ def count(text: str) -> int:
     return number
 
 
+def size(text: str) -> int:
+    """`512M`, `1.5G` or `4096` bytes, for argparse."""
+    power = "kmgt".find(text[-1:].lower()) + 1 if text else 0
+    amount = float(text[:-1] if power else text)
+    if not 0 <= amount * 1024**power < 2**63:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a size")
+    return int(amount * 1024**power)
+
+
+def add_wait(parser: Arguments) -> None:
+    """`--wait` and `--no-wait`: what does not fit now."""
+    parser.add(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        help="wait for memory that is not free, or be refused (75); scripts wait",
+    )
+
+
+def waits(shell: Shell, args: argparse.Namespace) -> bool:
+    """As was asked; else a script waits, and a person is told."""
+    return not shell.interactive if args.wait is None else bool(args.wait)
+
+
 def _arguments(parser: Arguments) -> None:
     parser.add("model", metavar="MODEL", completes=("model",))
     parser.add("words", nargs="*", metavar="WORDS")
@@ -79,6 +102,10 @@ def reply_arguments(parser: Arguments) -> None:
     parser.add(
         "--ctx", type=tokens, default=0, metavar="N", help="context window, if the model must be loaded"
     )
+    parser.add("--cpus", type=float, default=0.0, metavar="X", help="processors it needs, in fractions: 0.5")
+    parser.add("--gpus", type=float, default=0.0, metavar="X", help="GPUs it needs, in fractions")
+    parser.add("--mem", type=size, default=0, metavar="SIZE", help="RAM it needs, beside model and KV: 512M")
+    add_wait(parser)
 
 
 def _run(shell: Shell, args: argparse.Namespace) -> int:
@@ -98,8 +125,21 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
         sink=sink_of(shell.frame),
         threads=args.threads or min(args.samples, _THREADS_MAX),
         samples=args.samples,
+        cpus=args.cpus,
+        gpus=args.gpus,
+        mem_bytes=args.mem,
+        wait=waits(shell, args),
     )
-    return start(shell, shell.system.spawn(spec))
+    pid = shell.system.spawn(spec)
+    _say_waiting(shell, pid)
+    return start(shell, pid)
+
+
+def _say_waiting(shell: Shell, pid: int) -> None:
+    """What waits for its turn may wait long: not in silence. A load is told by the model's progress."""
+    view = shell.system.process(pid)
+    if view.state == "NEW" and view.waits_for and not view.waits_for.endswith(" to load"):
+        shell.note(f"{pid} waits for {view.waits_for}")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -171,12 +211,10 @@ SPECS = (
         _run,
         _arguments,
         (
-            'run nano "list the files here"',
-            "run nano -f report.md summarize > sum.txt &",
+            "run nano --cpus 0.5 --mem 512M -f report.md summarize > sum.txt &",
             "run nano --lines < q.txt",
         ),
-        notes="The words are joined by blanks and are never file patterns. `--` ends the options.\n"
-        "All of the input is read before the first answer, with --lines too (256 MiB at most).",
+        notes="Words are joined by blanks, never file patterns; `--` ends the options. Input is read first.",
         group="processes",
         background=True,
         patterns=False,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from kernel.errors import UsageError
-from kernel.snapshot import LogView, PoolView, SystemView
+from kernel.snapshot import LogView, PoolView, ShareView, SystemView
 from kernel.syscall import HostSample
 from shell.process_table import process_columns, state_counts
 from shell.registry import Arguments, CommandSpec
@@ -92,13 +92,14 @@ def _host_lines(host: HostSample | None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _MemoryRow:
-    """A pool, or below it a claim."""
+    """A pool, or below it a claim: in bytes, or (`milli`) in thousandths of a processor."""
 
     name: str
     kind: str
-    used_bytes: int
-    capacity_bytes: int | None
-    free_bytes: int | None
+    used: int
+    capacity: int | None
+    free: int | None
+    milli: bool = False
 
 
 def _free_arguments(parser: Arguments) -> None:
@@ -107,32 +108,50 @@ def _free_arguments(parser: Arguments) -> None:
 
 
 def _free(shell: Shell, args: Namespace) -> int:
-    pools = shell.system.snapshot().pools
+    view = shell.system.snapshot()
     if args.json or shell.json:
-        shell.out.line(to_json(pools))
+        shell.out.line(to_json([*view.pools, *view.shares]))
         return 0
 
-    def size(value: int | None) -> str:
+    def size(row: _MemoryRow, value: int | None) -> str:
         if value is None:
             return ""
+        if row.milli:
+            return f"{value / 1000:g}"
         return str(value) if args.bytes else format_bytes(value)
 
     columns: list[Column[_MemoryRow]] = [
         Column("POOL", lambda row: row.name, keep=99, flexible=True),
         Column("KIND", lambda row: row.kind, keep=50),
-        Column("TOTAL", lambda row: size(row.capacity_bytes), right=True, keep=60),
-        Column("USED", lambda row: size(row.used_bytes), right=True, keep=90),
-        Column("FREE", lambda row: size(row.free_bytes), right=True, keep=80),
+        Column("TOTAL", lambda row: size(row, row.capacity), right=True, keep=60),
+        Column("USED", lambda row: size(row, row.used), right=True, keep=90),
+        Column("FREE", lambda row: size(row, row.free), right=True, keep=80),
     ]
-    write_table(shell.out, columns, [row for pool in pools for row in _memory_rows(pool)])
+    rows = [row for pool in view.pools for row in _memory_rows(pool)]
+    write_table(shell.out, columns, rows + [row for share in view.shares for row in _share_rows(share)])
     return 0
 
 
 def _memory_rows(pool: PoolView) -> Iterator[_MemoryRow]:
     yield _MemoryRow(pool.name, "", pool.used_bytes, pool.capacity_bytes, pool.free_bytes)
-    for index, claim in enumerate(pool.claims):
-        branch = "└ " if index == len(pool.claims) - 1 else "├ "
+    if pool.reserve_bytes:
+        yield _MemoryRow(
+            _branch(not pool.claims) + "the machine's", "reserve", pool.reserve_bytes, None, None
+        )
+    for claim in pool.claims:
+        branch = _branch(claim is pool.claims[-1])
         yield _MemoryRow(branch + claim.owner, claim.kind, claim.size_bytes, None, None)
+
+
+def _share_rows(share: ShareView) -> Iterator[_MemoryRow]:
+    yield _MemoryRow(share.name, "", share.used_milli, share.capacity_milli, share.free_milli, True)
+    for claim in share.claims:
+        branch = _branch(claim is share.claims[-1])
+        yield _MemoryRow(branch + claim.owner, "declared", claim.milli, None, None, True)
+
+
+def _branch(last: bool) -> str:
+    return "└ " if last else "├ "
 
 
 def _dmesg_arguments(parser: Arguments) -> None:
@@ -186,7 +205,7 @@ SPECS = (
     ),
     CommandSpec(
         "free",
-        "memory: pools, and who holds what",
+        "memory and processors: pools, and who holds what",
         _free,
         _free_arguments,
         ("free", "free -b"),
