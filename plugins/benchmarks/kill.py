@@ -146,9 +146,11 @@ class Bench:
         self.machine.system.signal(pid, Signal.KILL)
         returned_s = time.monotonic()
         self.machine.system.reap(pid)
+        if seat is None:  # it never sat: nothing is freed
+            return None, returned_s, Freed(-1, returned_s)
         try:
             freed = self.probe.freed.get(timeout=PATIENCE_S)
-            while freed.seq != seat and seat is not None:
+            while freed.seq != seat:
                 freed = self.probe.freed.get(timeout=PATIENCE_S)
         except queue.Empty:
             raise KernelFault("a killed process keeps its seat") from None
