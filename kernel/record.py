@@ -141,7 +141,7 @@ def _shares(tokens: Iterable[tuple[Thread, int]]) -> list[dict[str, int]]:
 
 
 def _opened(path: Path) -> int:
-    """A file that is new, empty or an old recording, from its beginning. Nothing waits for a pipe's reader."""
+    """A file that is new, empty or an old recording, from its beginning. No pipe is waited for."""
     if not path.name:
         raise UsageError("a recording needs a file name")
     try:
