@@ -213,6 +213,24 @@ def dead_journals(folder: Path) -> list[Path]:
     return [file for file in files if _is_dead(file)]
 
 
+def sweep(folder: Path) -> None:
+    """Remove journals with nothing in them: killed before its first process, or after its last."""
+    for file in dead_journals(folder):
+        with _locked(file) as free:
+            if free and _is_empty(file):
+                discard(file)
+
+
+def _is_empty(file: Path) -> bool:
+    """Not of a damaged one: something may yet be rescued from it."""
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            made = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'process'").fetchone()
+            return not made or not database.execute("SELECT 1 FROM process").fetchone()
+    except sqlite3.Error:
+        return False
+
+
 def read(file: Path) -> list[Orphan]:
     """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
     try:

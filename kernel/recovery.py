@@ -110,6 +110,7 @@ class Recovery:
             return ()
         from kernel import journal
 
+        journal.sweep(self.kernel.parts.journal)
         files = journal.dead_journals(self.kernel.parts.journal)
         return tuple(process for file in files for process in journal.read(file))
 
