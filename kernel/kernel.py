@@ -5,6 +5,7 @@ Order: process table, then memory, then mailbox; none is held while a driver run
 Not here: the door (syscall), devices' work (dispatcher), models (residency), files (recovery).
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -215,9 +216,11 @@ class Kernel:
             record.note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
         return process
 
-    def begin(self, process: Process, model: Model, exit_code: int | None = None) -> None:
-        """Write it down, then let it run (or end, if it had ended already)."""
-        self.recovery.write_down(process, model)
+    def begin(
+        self, process: Process, model: Model, exit_code: int | None = None, uid: str = ""
+    ) -> None:
+        """Write it down, then let it run (or end, if it had ended already). `uid`: of whom it goes on with."""
+        self.recovery.write_down(process, model, uid)
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down
                 return
@@ -339,7 +342,12 @@ class Kernel:
             for thread in threads:
                 dispatcher.swap_out(model, thread)
 
-        self.on_dispatcher(model, move)
+        try:
+            self.on_dispatcher(model, move)
+        except LlmosError:
+            with contextlib.suppress(LlmosError):
+                self.swap_in(pid)  # it was not to be: then nothing has happened
+            raise
         with self.table.lock:
             return sum(thread.kv.size_bytes for thread in threads if thread.kv is not None)
 

@@ -81,7 +81,7 @@ class Campaign:
         """One LLMOS, killed at a random instant; False if it had ended by then."""
         child = subprocess.Popen([*LLMOS, *self.words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(120 if to_the_end else self.source.uniform(0.0, 0.6 * self.life_s))
+            child.wait(120 if to_the_end else self.source.uniform(0.0, self.source.choice((0.6, 1.2)) * self.life_s))
         except subprocess.TimeoutExpired:
             workers = psutil.Process(child.pid).children(recursive=True)
             child.send_signal(signal.SIGKILL)
@@ -93,13 +93,14 @@ class Campaign:
         return False
 
     def orphans(self) -> list[journal.Orphan]:
-        return [orphan for file in journal.dead_journals(self.journals) for orphan in journal.read(file)]
+        return journal.orphans(self.journals)
 
     def check_killed(self, workers: list[psutil.Process]) -> None:
         """What is on the disk is a beginning of what it should be; no worker is left behind."""
         _, alive = psutil.wait_procs(workers, timeout=20)
         assert not alive
         orphans = self.orphans()
+        assert len({orphan.state.spec.sink for orphan in orphans}) == len(orphans) <= 2
         for orphan in orphans:
             said = "".join(f"{reply}\n" for reply in orphan.state.replies) + orphan.state.reply
             assert self.expected.startswith(said)
