@@ -83,6 +83,7 @@ class Journal:
         self._failed = failed
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.file, self._lock_handle = _new_file(folder)
+        self._uid = f"{self.file.stem}.{os.fstat(self._lock_handle).st_mtime_ns}"
         self._writing = threading.Lock()  # one transaction at a time
         self._changed = threading.Condition()
         self._dirty: dict[Process, None] = {}  # guarded by _changed; a set that keeps order
@@ -112,7 +113,7 @@ class Journal:
             self._failed(error.message)
             return
         with self._writing, self._failing():
-            spec, uid = json.dumps(asdict(process.spec)), f"{self.file.stem}.{process.pid}.{process.started_wall_s}"
+            spec, uid = json.dumps(asdict(process.spec)), f"{self._uid}.{process.pid}"
             values = (process.pid, process.nice, spec, digest, uid, origin)
             self._specs[process.pid] = values
             self._database.execute(_NEW_PROCESS, values)

@@ -216,10 +216,8 @@ class Kernel:
             record.note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
         return process
 
-    def begin(
-        self, process: Process, model: Model, exit_code: int | None = None, uid: str = ""
-    ) -> None:
-        """Write it down, then let it run (or end, if it had ended already). `uid`: of whom it goes on with."""
+    def begin(self, process: Process, model: Model, exit_code: int | None = None, uid: str = "") -> None:
+        """Write it down, then let it run (or end, if it had ended already). `uid`: of what it resumes."""
         self.recovery.write_down(process, model, uid)
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down

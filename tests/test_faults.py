@@ -23,7 +23,7 @@ from simkernel import SimSystem
 
 from drivers.sim import SimDriver, SimEngine
 from drivers.simmodel import SimModel
-from kernel import checkpoint
+from kernel import checkpoint, journal
 from kernel.device import Sampling
 from kernel.errors import AdmissionRefused, LlmosError, WorkerDied
 from kernel.memory import MemoryLedger
@@ -177,6 +177,9 @@ class World:
         self.ended = self.sim.spawn(seed=4, max_tokens=1)
         while self.system.process(self.ended).exit_code is None:
             self.sim.dispatcher.advance()
+        self.chat = self.system.spawn(ProcessSpec("m", ("hello",), program="chat", max_tokens=5))
+        while self.system.process(self.chat).state != "SLEEPING":
+            self.sim.dispatcher.advance()
         self.orphans = self.system.orphans()
         self.second: SimSystem | None = None
 
@@ -228,6 +231,12 @@ CALLS: dict[str, Callable[[World], object]] = {
     "signal_stop": lambda w: w.system.signal(w.subject, Signal.STOP),
     "signal_cont": lambda w: w.system.signal(w.stopped, Signal.CONT),
     "renice": lambda w: w.system.renice(w.subject, 7),
+    "say": lambda w: w.system.say(w.chat, "and then?"),
+    "cut": lambda w: w.system.cut(w.chat),
+    "hang_up": lambda w: w.system.hang_up(w.chat),
+    "swap_out_chat": lambda w: w.system.swap_out(w.chat),
+    "save_chat": lambda w: w.system.save(w.chat, w.folder / "new.ckpt"),
+    "fork_chat": lambda w: w.system.fork(w.chat),
     "swap_out": lambda w: w.system.swap_out(w.subject),
     "swap_out_to_disk": lambda w: w.system.swap_out(w.subject),
     "swap_in": lambda w: w.system.swap_in(w.stopped),
@@ -389,6 +398,31 @@ def uses(call: str, folder: Path, template: Path, patch: pytest.MonkeyPatch) -> 
             world.close()
         _uses[call] = {point for point, faults in every.items() if faults.count}
     return _uses[call]
+
+
+def test_killed_between_two_journals_a_process_is_in_both_and_goes_on_once(
+    tmp_path: Path, template: Path
+) -> None:
+    shutil.copytree(template, tmp_path / "home")
+    folder = tmp_path / "home" / "journal"
+    later = SimSystem(MODELS, folder=tmp_path / "home")
+    (orphan,) = later.system.orphans()
+    later.system.resume(orphan)
+    later.run_until(20)
+    later.kernel.recovery.journal.flush()  # type: ignore[union-attr]
+    later.system.freeze()
+    later.system.shutdown()
+    shutil.copytree(template / "journal", folder, dirs_exist_ok=True)  # as if it had not been taken out yet
+    assert len(journal.dead_journals(folder)) == 2
+    last = SimSystem(MODELS, folder=tmp_path / "home")
+    (orphan,) = last.system.orphans()
+    assert orphan.state.output_tokens == 20
+    assert len(journal.dead_journals(folder)) == 1
+    pid = last.system.resume(orphan)
+    last.kernel.pump()
+    assert last.output(pid) == solo(8, 30)
+    assert not last.system.orphans()
+    last.system.shutdown()
 
 
 def test_every_system_call_is_in_the_table(tmp_path: Path, template: Path) -> None:

@@ -81,7 +81,9 @@ class Campaign:
         """One LLMOS, killed at a random instant; False if it had ended by then."""
         child = subprocess.Popen([*LLMOS, *self.words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(120 if to_the_end else self.source.uniform(0.0, self.source.choice((0.6, 1.2)) * self.life_s))
+            child.wait(
+                120 if to_the_end else self.source.uniform(0.0, self.source.choice((0.6, 1.2)) * self.life_s)
+            )
         except subprocess.TimeoutExpired:
             workers = psutil.Process(child.pid).children(recursive=True)
             child.send_signal(signal.SIGKILL)
@@ -102,7 +104,8 @@ class Campaign:
         orphans = self.orphans()
         assert len({orphan.state.spec.sink for orphan in orphans}) == len(orphans) <= 2
         for orphan in orphans:
-            said = "".join(f"{reply}\n" for reply in orphan.state.replies) + orphan.state.reply
+            said = "".join(f"{reply}\n" for _, reply in sorted(orphan.state.replies.items()))
+            said += "".join(thread.reply for thread in orphan.state.threads)
             assert self.expected.startswith(said)
         written = self.out.read_text() if self.out.exists() else ""
         assert self.expected.startswith(written)
