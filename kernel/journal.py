@@ -192,12 +192,13 @@ class Journal:
     def _row(self, process: Process) -> _Row:
         first = self._items.get(process.pid, 0)
         replies = *enumerate(process.replies[first:], first), *(process.early or {}).items()
+        busy = [t for t in process.threads if t.items or (t.tokens and process.is_chat)]
         return _Row(
             pid=process.pid,
             item=process.item,
             replies=replies,
             turns=tuple(process.turns or ()),
-            threads=tuple(_columns(thread) for thread in process.threads if thread.items or thread.tokens),
+            threads=tuple(map(_columns, busy)),
             prompt_tokens=process.prompt_tokens,
             output_tokens=process.output_tokens,
             hung_up=process.hung_up,

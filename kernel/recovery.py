@@ -203,7 +203,7 @@ class Recovery:
                         kv=kv,
                     )
                     for thread, kv in states
-                    if thread.items or thread.tokens
+                    if thread.items or (thread.tokens and process.is_chat)
                 ),
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,
