@@ -55,6 +55,7 @@ class Parts:
     ram_bytes: int = 64 << 30  # of the host, where no device computes in it
     ram_resident: Callable[[], int] | None = None  # what LLMOS and its workers hold of what is not available
     resources: Resources = field(default_factory=Resources)
+    checkpoints: Path | None = None  # the folder that USR1 writes to
     record: Path | None = None  # where every scheduling decision is written
 
 
@@ -252,6 +253,9 @@ class Kernel:
         dispatcher.wake_up()
 
     def signal(self, pid: int, signal: Signal) -> None:
+        if signal is Signal.USR1:
+            self.recovery.checkpoint(pid)
+            return
         with self.table.lock:
             process = self.table.alive(pid)
             if signal is Signal.STOP:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError
+from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted
 from kernel.models import Model
 from kernel.process import Process, Signal, Thread, check_spec
 
@@ -162,6 +162,22 @@ class Recovery:
 
         taken = self._taken(pid)
         return checkpoint.write(taken, path, self.kernel.parts.key)
+
+    def checkpoint(self, pid: int) -> None:
+        """Save a process under a name of its own, in the folder for that. Raises as `save`, NotPermitted."""
+        from datetime import UTC, datetime
+
+        kernel = self.kernel
+        if kernel.parts.checkpoints is None:
+            raise NotPermitted("there is no folder for checkpoints", "`save PID FILE`")
+        try:
+            kernel.parts.checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise LlmosError(f"cannot make {kernel.parts.checkpoints}: {error.strerror}") from error
+        at = datetime.fromtimestamp(kernel.clock.wall_s(), UTC)
+        path = kernel.parts.checkpoints / f"{pid}-{at:%Y%m%dT%H%M%S.%f}.ckpt"
+        size = self.save(pid, path)
+        kernel.log("info", "save", f"process {pid}: {size} bytes in {path}")
 
     def fork(self, pid: int, seed: int | None, sink: str) -> Process:
         """A copy of a process that goes on beside it, KV and all; with `seed` it draws other tokens."""

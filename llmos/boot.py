@@ -70,6 +70,7 @@ def boot(
             ram_bytes=_ram_bytes(),
             resources=Resources(cpus=_cpus()),
             ram_resident=_ram_resident(),
+            checkpoints=paths.checkpoints,
             record=record,
         )
     )
