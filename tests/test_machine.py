@@ -318,22 +318,23 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
-def play(examples: int, steps: int) -> None:
+def play(examples: int, steps: int, *, derandomize: bool) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
+            derandomize=derandomize,
             suppress_health_check=list(HealthCheck),
         ),
     )
 
 
 def test_system_calls_in_any_order() -> None:
-    play(examples=30, steps=30)
+    play(examples=30, steps=30, derandomize=True)
 
 
 @pytest.mark.soak
 def test_system_calls_in_any_order_for_long() -> None:
-    play(examples=1500, steps=60)
+    play(examples=1500, steps=60, derandomize=False)
