@@ -304,6 +304,8 @@ class Dispatcher:
             model.kv_short = True
             if thread.seat is None:
                 return
+            if self.scheduler.record:
+                self.scheduler.record.thread("stand", thread)
             if fresh:  # nothing is open there: closing it would free nothing
                 model.seats[thread.seat], thread.seat = None, None
                 return

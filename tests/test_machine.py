@@ -7,6 +7,7 @@ ledger it knows which claims there have to be, and no others.
 
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -39,10 +40,14 @@ PROMPTS = ("one", "one two three", "another one altogether " * 20)
 
 
 @cache
-def solo(spec: ProcessSpec) -> str:
+def solo(spec: ProcessSpec, turns: tuple[str, ...]) -> str:
     """What a process says when nothing else is there."""
     sim = SimSystem(MODELS)
     pid = sim.system.spawn(spec)
+    for text in turns:
+        sim.system.say(pid, text)
+    if spec.program == "chat":
+        sim.system.hang_up(pid)
     sim.kernel.pump()
     return sim.output(pid)
 
@@ -52,6 +57,7 @@ class Row:
     """What is known of a process."""
 
     spec: ProcessSpec
+    turns: tuple[str, ...] = ()  # of a chat, after the prompts of its specification
     held: bool = False  # stopped or swapped out by hand
     killed: tuple[int, str] | None = None  # tokens drawn and said when it was killed
 
@@ -121,6 +127,28 @@ class Machine(RuleBasedStateMachine):
         )
         self.rows[self.system.spawn(spec)] = Row(spec)
 
+    @rule(model=st.sampled_from(tuple(MODELS)), tokens=st.integers(1, 20), seed=st.integers(0, 5))
+    def begin_chat(self, model: str, tokens: int, seed: int) -> None:
+        sampling = Sampling(seed=seed)
+        spec = ProcessSpec(model, ("hello",), program="chat", max_tokens=tokens, sampling=sampling)
+        self.rows[self.system.spawn(spec)] = Row(spec)
+
+    def chats(self) -> list[int]:
+        return [pid for pid in self.alive() if self.rows[pid].spec.program == "chat"]
+
+    @precondition(lambda self: self.chats())
+    @rule(choice=pick, text=st.sampled_from(PROMPTS), last=st.booleans())
+    def say(self, choice: int, text: str, last: bool) -> None:
+        pids = self.chats()
+        pid = pids[choice % len(pids)]
+        try:
+            self.system.say(pid, text)
+        except NotPermitted:  # hung up
+            return
+        self.rows[pid].turns += (text,)
+        if last:
+            self.system.hang_up(pid)
+
     @precondition(some_alive)
     @rule(choice=pick, signal=st.sampled_from((Signal.KILL, Signal.TERM, Signal.INT)))
     def kill(self, choice: int, signal: Signal) -> None:
@@ -178,7 +206,7 @@ class Machine(RuleBasedStateMachine):
         except NotPermitted:
             assert self.view(pid).exit_code is not None
             return
-        self.rows[twin] = Row(self.rows[pid].spec)
+        self.rows[twin] = Row(self.rows[pid].spec, self.rows[pid].turns)
 
     @precondition(some_alive)
     @rule(choice=pick)
@@ -189,7 +217,7 @@ class Machine(RuleBasedStateMachine):
         except NotPermitted:
             assert self.view(pid).exit_code is not None
             return
-        self.checkpoints.append(Row(self.rows[pid].spec))
+        self.checkpoints.append(Row(self.rows[pid].spec, self.rows[pid].turns))
 
     @precondition(lambda self: self.checkpoints)
     @rule(choice=pick)
@@ -260,7 +288,9 @@ class Machine(RuleBasedStateMachine):
             row = old.pop(orphan.pid, None) or reaped[orphan.pid]
             ended = self.view(pid).exit_code
             killed = (self.view(pid).output_tokens, self.sim.output(pid)) if ended else None
-            self.rows[pid] = Row(row.spec, killed=killed)
+            turns = tuple(orphan.state.turns)
+            assert turns == row.turns or (row.turns[: len(turns)] == turns and not written)
+            self.rows[pid] = Row(row.spec, turns, killed=killed)
         assert not old
         assert not self.system.orphans()
 
@@ -294,10 +324,10 @@ class Machine(RuleBasedStateMachine):
     def check_ended(self, pid: int) -> None:
         row, said = self.rows[pid], self.sim.output(pid)
         if row.killed is not None:
-            assert solo(row.spec).startswith(said)
+            assert solo(row.spec, row.turns).startswith(said)
         else:
             assert self.view(pid).exit_code == 0, self.view(pid)
-            assert said == solo(row.spec)
+            assert said == solo(row.spec, row.turns)
 
     def teardown(self) -> None:
         """Everything goes on to its end, and leaves nothing."""
@@ -305,6 +335,9 @@ class Machine(RuleBasedStateMachine):
             for pid in self.alive():
                 self.system.signal(pid, Signal.CONT)
                 self.system.swap_in(pid)
+            for pid in self.chats():
+                with suppress(NotPermitted):
+                    self.system.hang_up(pid)
             self.sim.kernel.pump()
             self.the_tables_are_in_order()
             self.reap()
