@@ -2,9 +2,9 @@
 
 The first line says what the file is. Each other one has `t_s` (the kernel's clock, seconds since boot),
 `device`, `kind`, and what was decided: `open` and `lost` (an engine), `policy`, `spawn`, `join`, `leave`,
-`weight`, `seat`, `stand` (no KV memory), `swap`, `plan` (a quantum, with its grants), `end` (what came of it) and `exit`. There is
-nothing in it that was not decided or counted, neither prompts nor addresses: under a hand-fed clock and
-simulated engines, one script gives one file, byte for byte.
+`weight`, `seat`, `stand` (no KV memory), `swap`, `plan` (a quantum, with its grants), `end` (what came of
+it) and `exit`. There is nothing in it that was not decided or counted, neither prompts nor addresses: under
+a hand-fed clock and simulated engines, one script gives one file, byte for byte.
 
 Owner: the kernel makes one, if it is asked to; whoever decides holds a `DeviceRecord`, or None.
 Lock: `_ready` guards the lines that wait; a leaf. Lines are noted under the table's lock, and written by a
