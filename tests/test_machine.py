@@ -351,6 +351,12 @@ class Machine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
+@pytest.fixture(autouse=True)
+def journal_in_our_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes when `llmos_is_killed` says so: Hypothesis wants the same again from the same choices."""
+    monkeypatch.setattr("kernel.journal.GROUP_COMMIT_S", 3600.0)
+
+
 def play(examples: int, steps: int, *, derandomize: bool) -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
