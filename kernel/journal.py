@@ -280,7 +280,7 @@ def read(file: Path) -> list[Orphan]:
 
 
 _PROCESSES = (
-    "SELECT pid, nice, exit_code, uid, origin, spec, digest, prompt_tokens, output_tokens"
+    "SELECT pid, nice, exit_code, uid, origin, spec, digest, prompt_tokens, output_tokens, hung_up"
     " FROM process ORDER BY pid"
 )
 _TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
