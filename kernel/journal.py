@@ -217,7 +217,7 @@ class Journal:
                 continue
             if row.pid in self._specs:
                 run(_NEW_PROCESS.replace("INSERT", "INSERT OR REPLACE"), self._specs[row.pid])
-            counts = (row.prompt_tokens, row.output_tokens)
+            counts = (row.prompt_tokens, row.output_tokens, row.hung_up)
             run(_UPDATE, (row.nice, row.exit_code, *counts, row.pid))
             for item, text in row.replies:
                 run("INSERT OR REPLACE INTO reply VALUES (?, ?, ?)", (row.pid, item, _bytes(text)))
