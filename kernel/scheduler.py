@@ -126,7 +126,7 @@ class Scheduler:
         model.queue.set_terms(Terms(request_units, seat_units))
         if self.record:
             policy = model.queue.policy.name
-            self.record.note("open", model=model.name, seats=sequences, policy=policy)
+            self.record.note("open", model=model.name, seats=len(model.seats), policy=policy)
         self.refresh(model)
 
     def refresh(self, model: Model) -> None:
