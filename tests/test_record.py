@@ -59,7 +59,9 @@ def play(record: Path, seed: int) -> Kernel:
 
     def spawn(model: str, count: int, **more: Any) -> list[int]:
         specs = [
-            ProcessSpec(model, (f"prompt {n}", "another one"), sampling=Sampling(seed=seed + n), **more)
+            ProcessSpec(
+                model, (f"prompt {n}", *["another one"] * 8), sampling=Sampling(seed=seed + n), **more
+            )
             for n in range(count)
         ]
         return [system.spawn(spec) for spec in specs]
