@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
+from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted, UsageError
 from kernel.process import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
@@ -76,7 +76,10 @@ def write(checkpoint: Checkpoint, path: Path, key: bytes) -> int:
     Raises UsageError (no name), NotPermitted (it would replace something that is no checkpoint), LlmosError.
     """
     _check_target(path)
-    blob = encode(checkpoint, key)
+    try:
+        blob = encode(checkpoint, key)
+    except MemoryError:
+        raise AdmissionRefused(f"cannot write {path}: not enough memory to put it together") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
@@ -113,11 +116,11 @@ def _check_target(path: Path) -> None:
 def read(path: Path, key: bytes) -> Checkpoint:
     """Raises CheckpointInvalid, or LlmosError if the file cannot be read."""
     try:
-        blob = path.read_bytes()
+        return decode(path.read_bytes(), key)
     except OSError as error:
         raise LlmosError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return decode(blob, key)
+    except MemoryError:
+        raise AdmissionRefused(f"cannot read {path}: not enough memory") from None
     except CheckpointInvalid as error:
         raise CheckpointInvalid(f"{path}: {error.message}", error.hint) from None
 

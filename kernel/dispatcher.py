@@ -152,6 +152,8 @@ class Dispatcher:
         kv = None
         if thread.computed and self.swap.pays(host.info, thread.computed):
             kv = self.swap.put(process.pid, thread.index, host.dump(thread.seat))
+        if self.scheduler.record:
+            self.scheduler.record.thread("swap", thread, computed_tokens=thread.computed)
         with self.table.lock:
             thread.kv = kv
             model.vacate(thread, 0)
@@ -201,6 +203,8 @@ class Dispatcher:
                 with self.table.lock:
                     if thread not in model.queue or not self._sit(model, thread):
                         continue  # it was killed meanwhile
+            if self.scheduler.record:
+                self.scheduler.record.thread("seat", thread, model=model.name, seat=thread.seat)
             self._open(model, thread, fresh=True)
             worked = True
         return worked
@@ -300,6 +304,8 @@ class Dispatcher:
             model.kv_short = True
             if thread.seat is None:
                 return
+            if self.scheduler.record:
+                self.scheduler.record.thread("stand", thread)
             if fresh:  # nothing is open there: closing it would free nothing
                 model.seats[thread.seat], thread.seat = None, None
                 return
@@ -532,6 +538,8 @@ class Dispatcher:
     def _lost(self, model: Model, error: WorkerDied) -> None:
         """The engine is gone. Everything needed to go on is in the process table."""
         with self.table.lock:
+            if self.scheduler.record:
+                self.scheduler.record.note("lost", model=model.name)
             for flight in [f for f in self.flights if f.model is model]:
                 self.scheduler.end(flight)
             for thread in [t for t in model.seats if t is not None]:

@@ -28,12 +28,13 @@ from kernel.process import Process, Thread, spec_from
 GROUP_COMMIT_S = 0.1
 
 _TABLES = ("process", "turn", "reply", "progress")
+_NEW_PROCESS = "INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0, 0, ?, ?)"
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS process (
     pid INTEGER PRIMARY KEY, nice INTEGER, spec TEXT, digest TEXT, exit_code INTEGER,
-    prompt_tokens INTEGER, output_tokens INTEGER, hung_up INTEGER);
+    prompt_tokens INTEGER, output_tokens INTEGER, hung_up INTEGER, uid TEXT, origin TEXT);
 CREATE TABLE IF NOT EXISTS turn (pid INTEGER, number INTEGER, text TEXT, PRIMARY KEY (pid, number));
 CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
 CREATE TABLE IF NOT EXISTS progress (
@@ -50,6 +51,8 @@ class Orphan:
     pid: int  # it had; it will get a new one
     nice: int
     exit_code: int | None  # it had ended, but perhaps not all of its output had been written
+    uid: str  # no other process of any LLMOS has it
+    origin: str  # the uid of the one that it goes on with, if it was resumed
     state: Checkpoint  # without KV
 
 
@@ -58,6 +61,7 @@ class _Row:
     """What changed of one process, copied under the table's lock."""
 
     pid: int
+    item: int  # all replies before it are in `replies`, or were written before
     replies: tuple[tuple[int, str], ...]  # (item, text)
     turns: tuple[str, ...]
     threads: tuple[tuple[int, int, bool, int, bytes, str], ...]  # as the columns of `progress`
@@ -73,33 +77,47 @@ class Journal:
     """This boot's journal. `table_lock` is the process table's."""
 
     def __init__(self, folder: Path, table_lock: threading.RLock, failed: Callable[[str], None]) -> None:
-        """Raises OSError, sqlite3.Error if the folder cannot be used."""
+        """Raises OSError, sqlite3.Error if the folder cannot be used, RuntimeError (no more threads)."""
         self.folder = folder
         self._table_lock = table_lock
         self._failed = failed
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.file, self._lock_handle = _new_file(folder)
-        self._database = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
-        self._database.executescript(_SCHEMA)
+        self._uid = f"{self.file.stem}.{os.fstat(self._lock_handle).st_mtime_ns}"
         self._writing = threading.Lock()  # one transaction at a time
         self._changed = threading.Condition()
         self._dirty: dict[Process, None] = {}  # guarded by _changed; a set that keeps order
         self._items: dict[int, int] = {}  # replies written so far, by PID; guarded by _writing
+        self._specs: dict[int, tuple[object, ...]] = {}  # not written yet, by PID; guarded by _writing
+        self._ailing = False  # guarded by _writing
         self._closed = False  # guarded by _changed
         self._frozen = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._thread.start()
+        try:
+            self._database = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
+            self._database.executescript(_SCHEMA)
+            self._thread.start()
+        except BaseException:
+            discard(self.file)
+            os.close(self._lock_handle)
+            raise
 
-    def spawned(self, process: Process, model_file: Path) -> None:
-        """Write a specification, before its PID is given out. Called without the table's lock."""
+    def spawned(self, process: Process, model_file: Path, origin: str) -> None:
+        """Write a specification, before its PID is given out. Called without the table's lock.
+
+        `origin` is the uid of the orphan that it goes on with, or "".
+        """
         try:
             digest = model_digest(model_file)
         except LlmosError as error:
             self._failed(error.message)
             return
-        values = (process.pid, process.nice, json.dumps(asdict(process.spec)), digest)
         with self._writing, self._failing():
-            self._database.execute("INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0, 0)", values)
+            spec, uid = json.dumps(asdict(process.spec)), f"{self._uid}.{process.pid}"
+            values = (process.pid, process.nice, spec, digest, uid, origin)
+            self._specs[process.pid] = values
+            self._database.execute(_NEW_PROCESS, values)
+            del self._specs[process.pid]
 
     def mark(self, process: Process) -> None:
         """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
@@ -110,16 +128,18 @@ class Journal:
                 self._changed.notify()
             self._dirty[process] = None
 
-    def flush(self) -> None:
-        """Write what is marked, now."""
+    def flush(self) -> bool:
+        """Write what is marked, now; False if it cannot be."""
         with self._writing:
             with self._changed:
                 dirty, self._dirty = list(self._dirty), {}
             with self._table_lock:
                 rows = [self._row(process) for process in dirty]
-            if not self._frozen:
-                with self._failing():
-                    self._write(rows)
+            if self._frozen or self._written(rows):
+                return True
+            with self._changed:  # for the next time: the disk may have room then
+                self._dirty = dict.fromkeys(dirty) | self._dirty
+            return False
 
     def freeze(self) -> None:
         """Write nothing more, and keep the file: what runs now is to be found by `resume`.
@@ -153,18 +173,32 @@ class Journal:
         """A full disk must not stop the machine: it is told, and the work goes on without a journal."""
         try:
             yield
-        except sqlite3.Error as error:
-            self._failed(f"the journal cannot be written: {error}")
+            self._ailing = False
+        except (sqlite3.Error, MemoryError) as error:
+            if not self._ailing:
+                self._failed(f"the journal cannot be written: {error or 'out of memory'}")
+            self._ailing = True
+
+    def _written(self, rows: list[_Row]) -> bool:
+        """All of it or nothing; what was not written is to be written again."""
+        with self._failing():
+            self._write(rows)
+            self._items.update({row.pid: row.item for row in rows})
+            return True
+        with contextlib.suppress(sqlite3.Error):
+            self._database.execute("ROLLBACK")
+        return False
 
     def _row(self, process: Process) -> _Row:
         first = self._items.get(process.pid, 0)
-        self._items[process.pid] = process.item
         replies = *enumerate(process.replies[first:], first), *(process.early or {}).items()
+        busy = [t for t in process.threads if t.items or (t.tokens and process.is_chat)]
         return _Row(
             pid=process.pid,
+            item=process.item,
             replies=replies,
             turns=tuple(process.turns or ()),
-            threads=tuple(_columns(thread) for thread in process.threads if thread.items or thread.tokens),
+            threads=tuple(map(_columns, busy)),
             prompt_tokens=process.prompt_tokens,
             output_tokens=process.output_tokens,
             hung_up=process.hung_up,
@@ -181,6 +215,8 @@ class Journal:
                 for table in _TABLES:
                     run(f"DELETE FROM {table} WHERE pid = ?", (row.pid,))
                 continue
+            if row.pid in self._specs:
+                run(_NEW_PROCESS.replace("INSERT", "INSERT OR REPLACE"), self._specs[row.pid])
             counts = (row.prompt_tokens, row.output_tokens, row.hung_up)
             run(_UPDATE, (row.nice, row.exit_code, *counts, row.pid))
             for item, text in row.replies:
@@ -191,6 +227,8 @@ class Journal:
                 progress = (row.pid, *thread, _bytes(str(text)))
                 run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?)", progress)
         run("COMMIT")
+        for row in rows:
+            self._specs.pop(row.pid, None)
 
 
 _UPDATE = (
@@ -207,25 +245,43 @@ def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
 def dead_journals(folder: Path) -> list[Path]:
     """Files whose LLMOS has died, oldest first."""
     try:
-        files = sorted(folder.glob("*.db"), key=lambda file: file.stat().st_mtime)
+        files = sorted(folder.glob("*.db"), key=_age)
     except OSError:
         return []
     return [file for file in files if _is_dead(file)]
 
 
-def read(file: Path) -> list[Orphan]:
-    """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
+def sweep(folder: Path) -> None:
+    """Remove journals with nothing in them: killed before its first process, or after its last."""
+    for file in dead_journals(folder):
+        with _locked(file) as free:
+            if free and _is_empty(file):
+                discard(file)
+
+
+def _is_empty(file: Path) -> bool:
+    """Not of a damaged one: something may yet be rescued from it."""
     try:
         with contextlib.closing(sqlite3.connect(file)) as database:
-            rows = database.execute(_PROCESSES).fetchall()
-            return [_orphan(file, database, *row) for row in rows]
-    except (sqlite3.Error, ValueError, TypeError, KeyError):
-        return []
+            made = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'process'").fetchone()
+            return not made or not database.execute("SELECT 1 FROM process").fetchone()
+    except sqlite3.Error:
+        return False
+
+
+def read(file: Path) -> list[Orphan]:
+    """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
+    found = []
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file)) as database:
+        for row in database.execute(_PROCESSES).fetchall():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                found.append(_orphan(file, database, *row))
+    return found
 
 
 _PROCESSES = (
-    "SELECT pid, nice, exit_code, spec, digest, prompt_tokens, output_tokens, hung_up FROM process "
-    "ORDER BY pid"
+    "SELECT pid, nice, exit_code, uid, origin, spec, digest, prompt_tokens, output_tokens, hung_up"
+    " FROM process ORDER BY pid"
 )
 _TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
 _PROGRESS = "SELECT item, begun, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
@@ -237,6 +293,8 @@ def _orphan(
     pid: int,
     nice: int,
     exit_code: int | None,
+    uid: str,
+    origin: str,
     spec: str,
     digest: str,
     prompt_tokens: int,
@@ -260,15 +318,25 @@ def _orphan(
         hung_up=bool(hung_up),
     )
     check(state)
-    return Orphan(file, pid, nice, exit_code, state)
+    return Orphan(file, pid, nice, exit_code, uid, origin, state)
 
 
 @contextlib.contextmanager
 def claimed(process: Orphan) -> Iterator[None]:
     """Hold a dead LLMOS's process while it is revived; then it leaves its journal.
 
-    Raises NotPermitted if somebody else has taken it.
+    Raises NotPermitted if somebody else has taken it, LlmosError if it cannot be taken out.
     """
+    try:
+        with _taken_out(process):
+            yield
+    except (OSError, sqlite3.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LlmosError(f"cannot take process {process.pid} out of {process.file}: {why}") from error
+
+
+@contextlib.contextmanager
+def _taken_out(process: Orphan) -> Iterator[None]:
     taken = NotPermitted(f"process {process.pid} of an earlier LLMOS is being continued elsewhere")
     with _locked(process.file) as free:
         if not free:
@@ -279,10 +347,26 @@ def claimed(process: Orphan) -> Iterator[None]:
             yield
             for table in _TABLES:
                 database.execute(f"DELETE FROM {table} WHERE pid = ?", (process.pid,))
-            database.commit()
             rest = database.execute("SELECT count(*) FROM process").fetchone()[0]
+            database.commit()
         if not rest:
             discard(process.file)
+
+
+def orphans(folder: Path) -> list[Orphan]:
+    """All that dead LLMOSes have left.
+
+    One that was killed between writing what it resumes into its own journal and taking it out of the older
+    one leaves it in both: then the newer counts, and the older goes.
+    """
+    sweep(folder)
+    found = [orphan for file in dead_journals(folder) for orphan in read(file)]
+    taken = {orphan.origin for orphan in found}
+    for orphan in found:
+        if orphan.uid in taken:
+            with contextlib.suppress(LlmosError), claimed(orphan):
+                pass
+    return [orphan for orphan in found if orphan.uid not in taken]
 
 
 def discard(file: Path) -> None:
@@ -302,14 +386,22 @@ def _new_file(folder: Path) -> tuple[Path, int]:
         handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            return file, handle
+        except (BlockingIOError, FileExistsError):  # a dead one's, of a process that had our PID
             os.close(handle)
-        else:
-            if not file.exists():
-                os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-                return file, handle
-            os.close(handle)  # a dead one's, of a process that had our PID
+        except BaseException:
+            os.close(handle)
+            discard(file)
+            raise
         number += 1
+
+
+def _age(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # another LLMOS has just ended
+        return 0.0
 
 
 def _is_dead(file: Path) -> bool:
@@ -334,7 +426,8 @@ def _locked(file: Path) -> Iterator[bool]:
         yield free
     finally:
         if free:  # by name: a worker that is being forked holds a copy of the handle until it execs
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

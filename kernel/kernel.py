@@ -5,12 +5,13 @@ Order: process table, then memory, then mailbox; none is held while a driver run
 Not here: the door (syscall), devices' work (dispatcher), models (residency), files (recovery).
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kernel.admission import Admission
 from kernel.bus import Bus
@@ -29,6 +30,9 @@ from kernel.recovery import Recovery
 from kernel.residency import Residency
 from kernel.snapshot import LogView
 from kernel.swap import RAM, SwapSpace, disk_pool
+
+if TYPE_CHECKING:
+    from kernel.record import Recorder
 
 T = TypeVar("T")
 
@@ -51,6 +55,8 @@ class Parts:
     ram_bytes: int = 64 << 30  # of the host, where no device computes in it
     ram_resident: Callable[[], int] | None = None  # what LLMOS and its workers hold of what is not available
     resources: Resources = field(default_factory=Resources)
+    checkpoints: Path | None = None  # the folder that USR1 writes to
+    record: Path | None = None  # where every scheduling decision is written
 
 
 class Kernel:
@@ -62,6 +68,7 @@ class Kernel:
         self.booted_s = self.clock.now_s()
         self.log_lines: deque[LogView] = deque(maxlen=self.config.log_lines)
         self.bus = Bus(self.config.mailbox_messages)
+        self.recorder = self._recorder(parts.record) if parts.record else None
         self.table = ProcessTable(self.config)
         self.ledger = MemoryLedger()
         self.swap = SwapSpace(self.ledger, parts.swap, self.clock.now_s)
@@ -82,6 +89,11 @@ class Kernel:
 
     # Boot and shutdown
 
+    def _recorder(self, path: Path) -> "Recorder":
+        from kernel.record import Recorder  # deferred: few sessions are recorded
+
+        return Recorder(path, self.clock, lambda text: self.log("error", "record", text))
+
     def _add_device(self, device: DeviceInfo) -> None:
         if device.name in self.dispatchers:
             return
@@ -91,6 +103,10 @@ class Kernel:
             self.ledger.add_pool(Pool(device.pool, device.memory_bytes))
         dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
+        if self.recorder is not None:
+            from kernel.record import DeviceRecord
+
+            dispatcher.scheduler.record = DeviceRecord(self.recorder, device.name)
         if self.parts.threaded:
             thread = threading.Thread(target=self._serve, args=(dispatcher,), name=device.name, daemon=True)
             self._threads.append(thread)
@@ -149,6 +165,8 @@ class Kernel:
                 model.host.shutdown()
         if self.recovery.journal is not None:
             self.recovery.journal.close()
+        if self.recorder is not None:
+            self.recorder.close()
 
     def log(self, level: str, source: str, text: str) -> None:
         """One line for dmesg. From any thread."""
@@ -195,11 +213,13 @@ class Kernel:
             raise
         process.group = group
         self.models[model].users.add(process.pid)
+        if record := self.dispatchers[self.models[model].device.name].scheduler.record:
+            record.note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
         return process
 
-    def begin(self, process: Process, model: Model, exit_code: int | None = None) -> None:
-        """Write it down, then let it run (or end, if it had ended already)."""
-        self.recovery.write_down(process, model)
+    def begin(self, process: Process, model: Model, exit_code: int | None = None, uid: str = "") -> None:
+        """Write it down, then let it run (or end, if it had ended already). `uid`: of what it resumes."""
+        self.recovery.write_down(process, model, uid)
         with self.table.lock:
             if not process.alive:  # killed, or its model failed to load, while it was written down
                 return
@@ -233,6 +253,9 @@ class Kernel:
         dispatcher.wake_up()
 
     def signal(self, pid: int, signal: Signal) -> None:
+        if signal is Signal.USR1:
+            self.recovery.checkpoint(pid)
+            return
         with self.table.lock:
             process = self.table.alive(pid)
             if signal is Signal.STOP:
@@ -321,7 +344,12 @@ class Kernel:
             for thread in threads:
                 dispatcher.swap_out(model, thread)
 
-        self.on_dispatcher(model, move)
+        try:
+            self.on_dispatcher(model, move)
+        except LlmosError:
+            with contextlib.suppress(LlmosError):
+                self.swap_in(pid)  # it was not to be: then nothing has happened
+            raise
         with self.table.lock:
             return sum(thread.kv.size_bytes for thread in threads if thread.kv is not None)
 
@@ -396,6 +424,8 @@ class Kernel:
             model.cancelled = True
         process.state, process.exit_code, process.error = State.ZOMBIE, exit_code, error
         process.ended_s = self.clock.now_s()
+        if dispatcher.scheduler.record:
+            dispatcher.scheduler.record.note("exit", pid=process.pid, exit_code=exit_code)
         process.stdout.close()
         self._changed(process)
         self.admission.left(process)

@@ -40,6 +40,7 @@ class Signal(IntEnum):
 
     INT = 2
     KILL = 9
+    USR1 = 10  # write a checkpoint
     TERM = 15
     CONT = 18
     STOP = 19

@@ -4,13 +4,14 @@ Owner: the kernel. Lock: the process table's, never held while a file is read or
 Not here: the formats (checkpoint, journal).
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.errors import CheckpointInvalid
+from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted
 from kernel.models import Model
-from kernel.process import Process, Thread, check_spec
+from kernel.process import Process, Signal, Thread, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ class Recovery:
         nice: int | None = None,
         ppid: int = 1,
         exit_code: int | None = None,
+        uid: str = "",
     ) -> Process:
         """Continue what was saved as a new process; its output begins with what it had said.
 
@@ -64,7 +66,7 @@ class Recovery:
         for thread, state in zip(threads, saved.threads, strict=False):
             if state.kv is not None and process.alive:
                 thread.kv = self.kernel.swap.put(process.pid, thread.index, state.kv)
-        self.kernel.begin(process, model, exit_code)
+        self.kernel.begin(process, model, exit_code, uid)
         return process
 
     @staticmethod
@@ -85,7 +87,7 @@ class Recovery:
                 thread.items = (state.item,)
                 process.say(thread, state.reply)
 
-    def write_down(self, process: Process, model: Model) -> None:
+    def write_down(self, process: Process, model: Model, uid: str) -> None:
         """Opens this boot's journal with its first process: a session that runs nothing needs none."""
         folder = self.kernel.parts.journal
         if folder is None or self._journal_failed:
@@ -99,29 +101,49 @@ class Recovery:
                 self.journal = Journal(
                     folder, self.kernel.table.lock, lambda text: self.kernel.log("error", "journal", text)
                 )
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, RuntimeError) as error:
             self._journal_failed = True
             self.kernel.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
             return
-        self.journal.spawned(process, model.info.path)
+        self.journal.spawned(process, model.info.path, uid)
 
     def orphans(self) -> "tuple[Orphan, ...]":
-        if self.kernel.parts.journal is None or not self.kernel.parts.journal.is_dir():
+        if self.kernel.parts.journal is None or not os.access(self.kernel.parts.journal, os.R_OK | os.X_OK):
             return ()
         from kernel import journal
 
-        files = journal.dead_journals(self.kernel.parts.journal)
-        return tuple(process for file in files for process in journal.read(file))
+        try:
+            return tuple(journal.orphans(self.kernel.parts.journal))
+        except MemoryError:
+            raise AdmissionRefused("not enough memory to read what an earlier LLMOS has left") from None
 
     def resume(self, orphan: "Orphan") -> Process:
         from kernel import journal
 
-        with journal.claimed(orphan):
-            origin = f"process {orphan.pid} of an earlier LLMOS"
-            process = self.revive(orphan.state, origin, orphan.nice, exit_code=orphan.exit_code)
-            if self.journal is not None:
-                self.journal.flush()  # it is safe in ours before it leaves the other
-            return process
+        process = None
+        try:
+            with journal.claimed(orphan):
+                process = self.revive(
+                    orphan.state,
+                    f"process {orphan.pid} of an earlier LLMOS",
+                    orphan.nice,
+                    exit_code=orphan.exit_code,
+                    uid=orphan.uid,
+                )
+                if self.journal is not None and not self.journal.flush():
+                    raise LlmosError("the journal cannot be written")  # it stays safe in the other
+        except LlmosError:
+            if process is not None:  # it is still in the other: it must not go on twice
+                self._undo(process)
+            raise
+        return process
+
+    def _undo(self, process: Process) -> None:
+        with self.kernel.table.lock:
+            if process.alive:
+                self.kernel.ended(process, 128 + Signal.KILL)
+            self.kernel.table.reap(process)
+            self.kernel.touched(process)
 
     def freeze(self) -> None:
         """From now on, what ends is to be resumed."""
@@ -140,6 +162,22 @@ class Recovery:
 
         taken = self._taken(pid)
         return checkpoint.write(taken, path, self.kernel.parts.key)
+
+    def checkpoint(self, pid: int) -> None:
+        """Save a process under a name of its own, in the folder for that. Raises as `save`, NotPermitted."""
+        from datetime import UTC, datetime
+
+        kernel = self.kernel
+        if kernel.parts.checkpoints is None:
+            raise NotPermitted("there is no folder for checkpoints", "`save PID FILE`")
+        try:
+            kernel.parts.checkpoints.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise LlmosError(f"cannot make {kernel.parts.checkpoints}: {error.strerror}") from error
+        at = datetime.fromtimestamp(kernel.clock.wall_s(), UTC)
+        path = kernel.parts.checkpoints / f"{pid}-{at:%Y%m%dT%H%M%S.%f}.ckpt"
+        size = self.save(pid, path)
+        kernel.log("info", "save", f"process {pid}: {size} bytes in {path}")
 
     def fork(self, pid: int, seed: int | None, sink: str) -> Process:
         """A copy of a process that goes on beside it, KV and all; with `seed` it draws other tokens."""
@@ -181,7 +219,7 @@ class Recovery:
                         kv=kv,
                     )
                     for thread, kv in states
-                    if thread.items or thread.tokens
+                    if thread.items or (thread.tokens and process.is_chat)
                 ),
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,

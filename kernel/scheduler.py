@@ -9,6 +9,7 @@ Not here: engines and events (dispatcher); how fairness is computed (fairness).
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kernel.config import KernelConfig
 from kernel.device import Quantum
@@ -18,6 +19,8 @@ from kernel.policy import Policy, Terms
 from kernel.process import Thread
 
 ROUNDS = 4  # of passes for those who draw, in a quantum of nothing else
+if TYPE_CHECKING:
+    from kernel.record import DeviceRecord
 
 
 @dataclass(slots=True)
@@ -69,6 +72,7 @@ class Scheduler:
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
+        self.record: DeviceRecord | None = None  # hears of every decision
         turn_s = config.quantum_s
         self.models: FairQueue[Model] = FairQueue(terms=Terms(turn_s, turn_s))
         self.flights: deque[Flight] = deque()  # planned and not yet ended, oldest first
@@ -77,6 +81,8 @@ class Scheduler:
         """A thread became runnable."""
         self._settle()
         model.queue.join(thread, seated=thread.seat is not None)
+        if self.record:
+            self.record.thread("join", thread, model=model.name, weight=round(thread.weight, 9))
         self.refresh(model)
 
     def sleep(self, thread: Thread, model: Model) -> None:
@@ -84,6 +90,8 @@ class Scheduler:
         if thread in model.queue:
             self._settle()
             thread.process.share_due += model.queue.leave(thread)
+            if self.record:
+                self.record.thread("leave", thread)
             self.refresh(model)
 
     def reweight(self, thread: Thread, model: Model) -> None:
@@ -92,6 +100,10 @@ class Scheduler:
             self._settle()
             thread.process.share_due += model.queue.take_due(thread)
             model.queue.reweight(thread)
+            if self.record:
+                group = thread.process.group
+                weight = group.weight if group else round(thread.weight, 9)
+                self.record.thread("weight", thread, weight=weight)
             self.refresh(model)
 
     def set_policy(self, policy: Policy, model: Model) -> None:
@@ -100,6 +112,8 @@ class Scheduler:
         for thread in model.queue:
             thread.process.share_due += model.queue.take_due(thread)
         model.queue.set_policy(policy)
+        if self.record:
+            self.record.note("policy", model=model.name, policy=policy.name)
         self.refresh(model)
 
     def attach(self, model: Model) -> None:
@@ -110,6 +124,9 @@ class Scheduler:
         request_units = max(piece_units, config.quantum_s / output_s * OUTPUT_UNITS)
         seat_units = config.seat_slice_s / output_s * OUTPUT_UNITS
         model.queue.set_terms(Terms(request_units, seat_units))
+        if self.record:
+            policy = model.queue.policy.name
+            self.record.note("open", model=model.name, seats=len(model.seats), policy=policy)
         self.refresh(model)
 
     def refresh(self, model: Model) -> None:
@@ -134,6 +151,8 @@ class Scheduler:
             return None
         self.models.charge(model, flight.planned_s)
         self.flights.append(flight)
+        if self.record:
+            self.record.plan(flight)
         return flight
 
     def end(self, flight: Flight) -> None:
@@ -143,6 +162,8 @@ class Scheduler:
         flight.model.contested = True
         for thread, grant in flight.grants.items():
             thread.granted -= grant.tokens - grant.used_tokens
+        if self.record:
+            self.record.end(flight)
 
     def _settle(self) -> None:
         """Before weights change: what is granted and not used yet was granted at the old ones."""

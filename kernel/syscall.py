@@ -55,6 +55,8 @@ class Syscalls:
     def signal(self, pid: int, signal: Signal) -> None:
         """INT, TERM, KILL end it (130, 143, 137) at the next token; STOP and CONT pause it and go on.
 
+        USR1 writes a checkpoint of it into LLMOS's folder for them; the log tells where.
+
         Raises ProcessNotFound, NotPermitted (it has ended already).
         """
         self._kernel.signal(pid, signal)

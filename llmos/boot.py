@@ -41,8 +41,14 @@ class Machine:
     shell: Shell
 
 
-def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[str, ...] = ()) -> Machine:
-    """Raises UsageError for a configuration that makes no sense."""
+def boot(
+    flags: Mapping[str, object],
+    *,
+    plugins: bool = True,
+    arguments: tuple[str, ...] = (),
+    record: Path | None = None,
+) -> Machine:
+    """Raises UsageError for a configuration that makes no sense, LlmosError for a `record` not writable."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before any native import: see drivers.llamacpp
     paths = find_paths()
@@ -64,6 +70,8 @@ def boot(flags: Mapping[str, object], *, plugins: bool = True, arguments: tuple[
             ram_bytes=_ram_bytes(),
             resources=Resources(cpus=_cpus()),
             ram_resident=_ram_resident(),
+            checkpoints=paths.checkpoints,
+            record=record,
         )
     )
     system = Syscalls(kernel)

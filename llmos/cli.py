@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--check", action="store_true", help="check a script, run nothing")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables, where there are lists")
     parser.add_argument("--resume", action="store_true", help="first go on with what a crash ended")
+    parser.add_argument("--record", metavar="FILE", help="write every scheduling decision, as JSON lines")
     parser.add_argument("--config", metavar="FILE", help="configuration instead of the user's own")
     parser.add_argument("--no-plugins", action="store_true", help="built-in commands only")
     parser.add_argument("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="`llmos help` lists them")
@@ -87,7 +88,12 @@ def _run(options: argparse.Namespace) -> int:
 
     script = _script(options)
     arguments = tuple(options.words) if script is not None else ()
-    machine = boot({"config": options.config}, plugins=not options.no_plugins, arguments=arguments)
+    machine = boot(
+        {"config": options.config},
+        plugins=not options.no_plugins,
+        arguments=arguments,
+        record=None if options.record is None else Path(options.record),
+    )
     machine.shell.json = options.json
     _unwind_on_signals(machine)
     try:

@@ -265,6 +265,17 @@ class Store:
             self._shelf.fill(target, f"{file.digest}.part", file.size_bytes, write, keep=True)
         return stem(Path(files[0].path).name)
 
+    def export(self, name: str, target: Path, progress: Progress) -> None:
+        """Copy a model of one file to a path outside. Raises as `resolve` and `export`; NotPermitted."""
+        from llmos.export import export  # deferred: seldom asked for
+
+        model = self.resolve(name)
+        if len(model.parts) != 1:
+            raise NotPermitted(
+                f"{model.name} is made of {len(model.parts)} files", f"they lie in {model.path.parent}"
+            )
+        export(model.path, target, progress)
+
     def _target(self, file: HubFile) -> Path | None:
         """Where a file of the hub goes; None if it is there already. Raises NotPermitted, UsageError."""
         name = Path(file.path).name

@@ -28,11 +28,12 @@ class Entry:
 class SimCatalog:
     """Every name is a model; a test may say which ones are not."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, folder: Path = Path()) -> None:
         self.names = names
+        self.folder = folder
 
     def list(self) -> tuple[Entry, ...]:
-        return tuple(Entry(name, Path(f"{name}.sim")) for name in self.names)
+        return tuple(Entry(name, self.folder / f"{name}.sim") for name in self.names)
 
     def resolve(self, name: str) -> Entry:
         for entry in self.list():
@@ -42,7 +43,10 @@ class SimCatalog:
 
 
 class SimSystem:
-    """Kernel, clock and system calls, stepped by hand."""
+    """Kernel, clock and system calls, stepped by hand.
+
+    With a folder the models have files there, and the kernel a journal: what a checkpoint needs.
+    """
 
     def __init__(
         self,
@@ -54,23 +58,26 @@ class SimSystem:
         *,
         device: DeviceInfo = SIM_DEVICE,
         resources: Resources | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.models = dict(models or {"m": SimModel(mean_tokens=0)})
         self.clock = ManualClock()
+        for name in self.models if folder else ():
+            (folder / f"{name}.sim").touch()
         by_file = {f"{name}.sim": model for name, model in self.models.items()}
         driver = SimDriver([device], sleep=self.clock.sleep, models=by_file)
         self.kernel = Kernel(
             Parts(
                 clock=self.clock,
                 drivers={".sim": driver},
-                catalog=SimCatalog(*self.models),
+                catalog=SimCatalog(*self.models, folder=folder or Path()),
                 key=b"k" * 32,
                 config=config or KernelConfig(),
                 threaded=False,
                 swap=swap,
                 ram_bytes=ram_bytes,
-                journal=journal,
                 resources=resources or Resources(),
+                journal=journal or (folder and folder / "journal"),
             )
         )
         self.system = Syscalls(self.kernel)

@@ -1,4 +1,4 @@
-"""Commands on processes: ps, kill, stop, cont, renice, nice, wait, save."""
+"""Commands on processes: ps, kill, stop, cont, renice, nice, wait."""
 
 import re
 from argparse import REMAINDER, Namespace
@@ -7,12 +7,11 @@ from kernel.errors import UsageError
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
 from shell.commands.targets import add_targets, for_each, pid_of, signal_of
-from shell.files import path_of
 from shell.interpreter import invoke
 from shell.jobs import wait_job
 from shell.process_table import process_columns, sorted_by
 from shell.registry import Arguments, CommandSpec
-from shell.render import format_size, to_json, write_table
+from shell.render import to_json, write_table
 from shell.session import Shell
 
 _POLL_S = 0.05
@@ -53,7 +52,7 @@ def _ps(shell: Shell, args: Namespace) -> int:
 
 def _kill_arguments(parser: Arguments) -> None:
     parser.add(
-        "-s", "--signal", default="TERM", metavar="SIGNAL", help="INT TERM KILL STOP CONT, or a number"
+        "-s", "--signal", default="TERM", metavar="SIGNAL", help="INT TERM KILL STOP CONT USR1, or a number"
     )
     parser.add("-l", "--list", action="store_true", help="list the signals")
     add_targets(parser, optional=True)
@@ -160,17 +159,6 @@ def _wait_process(shell: Shell, pid: int) -> int:
     return view.exit_code or 0
 
 
-def _save_arguments(parser: Arguments) -> None:
-    parser.add("target", metavar="PID|%JOB", completes=("pid", "job"))
-    parser.add("file", metavar="FILE", completes=("file",))
-
-
-def _save(shell: Shell, args: Namespace) -> int:
-    size = shell.system.save(pid_of(shell, args.target), path_of(args.file))
-    shell.note(f"{args.file}  {format_size(size)}")
-    return 0
-
-
 def _targets_only(parser: Arguments) -> None:
     add_targets(parser)
 
@@ -207,7 +195,7 @@ SPECS = (
         "end a process (or send it another signal)",
         _kill,
         _kill_arguments,
-        ("kill 15", "kill -9 %1 %2", "kill -s STOP 15", "kill -l"),
+        ("kill 15", "kill -9 %1 %2", "kill -s STOP 15", "kill -USR1 15", "kill -l"),
         group="processes",
         rewrite=_kill_words,
     ),
@@ -246,14 +234,6 @@ SPECS = (
         _wait_arguments,
         ("wait", "wait %1", "wait $!"),
         notes="Without an argument: for all jobs. ^C ends the waiting, not the jobs.",
-        group="processes",
-    ),
-    CommandSpec(
-        "save",
-        "write a checkpoint of a process; it goes on",
-        _save,
-        _save_arguments,
-        ("save %1 work.ckpt", "load work.ckpt &"),
         group="processes",
     ),
 )

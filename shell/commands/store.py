@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from kernel.errors import Interrupted, NotPermitted, UsageError
 from kernel.snapshot import SystemView
@@ -21,6 +21,8 @@ from shell.registry import Arguments, CommandSpec
 from shell.render import bar, format_bytes, format_count, format_duration, format_size, to_json
 from shell.session import Shell
 from shell.terminal import fit, one_line
+
+T = TypeVar("T")
 
 _DRAW_S = 0.1
 _RATE_S = 5.0  # what a rate is measured over
@@ -68,6 +70,7 @@ class ModelStore(Protocol):
     def remove(self, name: str) -> int: ...
     def copy(self, source: str, name: str) -> str: ...
     def pull(self, source: str, progress: Progress) -> str: ...
+    def export(self, name: str, target: Path, progress: Progress) -> None: ...
 
 
 def _show_arguments(parser: Arguments) -> None:
@@ -138,10 +141,10 @@ def _pull_arguments(parser: Arguments) -> None:
 
 
 def _pull(store: ModelStore, shell: Shell, args: Namespace) -> int:
-    drawn = _Bar(shell)
+    drawn = ProgressBar(shell)
     began_s = time.monotonic()
     try:
-        name = _interruptible(shell, "pull", lambda: store.pull(args.source, drawn.draw))
+        name = interruptible(shell, "pull", lambda: store.pull(args.source, drawn.draw))
     finally:
         drawn.clear()
     shell.note(f"pulled {name} in {format_duration(time.monotonic() - began_s)}")
@@ -149,7 +152,7 @@ def _pull(store: ModelStore, shell: Shell, args: Namespace) -> int:
 
 
 @dataclass(slots=True)
-class _Bar:
+class ProgressBar:
     """One line on a terminal's standard error: how far a file is."""
 
     shell: Shell
@@ -191,7 +194,7 @@ class _Bar:
             self.shell.err.emit("\r\x1b[K")
 
 
-def _interruptible(shell: Shell, what: str, act: Callable[[], str]) -> str:
+def interruptible(shell: Shell, what: str, act: Callable[[], T]) -> T:
     """Run what knows nothing of our interrupts, with ^C as Python has it. Raises Interrupted."""
     try:
         with shell.interrupts.raised():
@@ -208,7 +211,7 @@ def _cp_arguments(parser: Arguments) -> None:
 
 
 def _cp(store: ModelStore, shell: Shell, args: Namespace) -> int:
-    name = _interruptible(shell, "cp", lambda: store.copy(args.source, args.name))
+    name = interruptible(shell, "cp", lambda: store.copy(args.source, args.name))
     shell.note(f"copied to {name}")
     return 0
 
@@ -242,7 +245,7 @@ def _confirmed(shell: Shell, question: str) -> bool:
     shell.out_line_done()
     shell.err.emit(f"{one_line(question)} [y/N] ")
     stdin = shell.stdin
-    answer = _interruptible(shell, "rm", lambda: stdin.readline(100).decode("utf-8", "replace"))
+    answer = interruptible(shell, "rm", lambda: stdin.readline(100).decode("utf-8", "replace"))
     return answer.strip().lower() in _YES
 
 
