@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.device import Driver, EngineHost, EngineOptions
+from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate
 from kernel.errors import (
     Interrupted,
     KernelFault,
@@ -16,6 +16,7 @@ from kernel.errors import (
     ModelInvalid,
     ModelNotFound,
     NotPermitted,
+    UsageError,
     WorkerDied,
 )
 from kernel.loader import Loader
@@ -67,7 +68,7 @@ class Residency:
                 return Named(str(entry.path), entry.path, entry.description)
         return entry
 
-    def want(self, entry: CatalogEntry, options: EngineOptions) -> Model:
+    def want(self, entry: CatalogEntry, options: EngineOptions, device: str = "") -> Model:
         """The record of a model; a new one waits for admission to open it."""
         with self.kernel.table.lock:
             model = self._present(entry.name)
@@ -85,7 +86,7 @@ class Residency:
                         entry.description,
                         info,
                         driver,
-                        driver.devices()[0],
+                        self._device(driver, estimate, device),
                         options,
                         estimate,
                         self.usage.setdefault(entry.name, Usage()),
@@ -94,7 +95,27 @@ class Residency:
                     self.records[entry.name] = model
         if model.options != options:
             self._check_options(model, options)
+        if device and model.device.name != device:
+            raise NotPermitted(
+                f"{model.name} is loaded on {model.device.name}", f"`unload {model.name}` first"
+            )
         return model
+
+    def _device(self, driver: Driver, estimate: Estimate, name: str) -> DeviceInfo:
+        """The one that is named; or, of the kind its driver likes best and it can fit, that with most room.
+
+        Raises UsageError, naming the driver's devices.
+        """
+        devices = driver.devices()
+        if name:
+            named = next((device for device in devices if device.name == name), None)
+            if named is None:
+                known = ", ".join(device.name for device in devices)
+                raise UsageError(f"no device {name} for this model", f"there is {known}")
+            return named
+        fitting = [device for device in devices if device.memory_bytes >= estimate.total_bytes] or devices
+        alike = [device for device in fitting if device.kind == fitting[0].kind]
+        return max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool))
 
     @staticmethod
     def _check_options(model: Model, asked: EngineOptions) -> None:
