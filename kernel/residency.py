@@ -188,7 +188,7 @@ class Residency:
         if model not in dispatcher.models:
             dispatcher.models.append(model)
         dispatcher.scheduler.attach(model)
-        for process in map(self.kernel.table.get, model.users):
+        for process in self.kernel.table.users_of(model.name):
             if process.state is State.NEW and any(t in model.queue for t in process.threads):
                 process.state = State.RUNNABLE
         dispatcher.wake_up()
@@ -204,7 +204,7 @@ class Residency:
         self.fail_users(model, error)
 
     def fail_users(self, model: Model, error: LlmosError) -> None:
-        for process in [p for p in self.kernel.table if p.pid in model.users and p.alive]:
+        for process in self.kernel.table.users_of(model.name):
             self.kernel.ended(process, error.exit_code, error)
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
@@ -228,7 +228,7 @@ class Residency:
             if model is None or model.state is ModelState.FAILED:
                 raise NotPermitted(f"{name} is not loaded")
             if model.users:
-                pids = ", ".join(map(str, sorted(model.users)))
+                pids = ", ".join(str(process.pid) for process in self.kernel.table.users_of(model.name))
                 raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
             if model.state is ModelState.EVICTING:
                 raise NotPermitted(f"{name} is being evicted: another model needs its memory")
