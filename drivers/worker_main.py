@@ -3,13 +3,14 @@
 It loads the engine that the first frame names, then runs queued quanta, one step after another,
 and looks for commands between two steps. It ends when its parent does, however that ended.
 
-Owner: the main thread computes and sends; an engine's own threads may send log lines.
-Lock: one around each frame sent.
-Order: events leave as they happened; a reply leaves after all events of the steps before it.
+Owner: the main thread computes; one thread packs and sends, so that this happens during the next step.
+Any thread may post: an engine's own threads, log lines.
+Order: frames leave as they were posted: a reply after all events of the steps before it.
 """
 
 import importlib
 import os
+import queue
 import resource
 import select
 import signal
@@ -25,11 +26,14 @@ from typing import Protocol
 from drivers import wire
 from drivers.brake import AbortFlag, Brake
 from drivers.wire import Frame, Kind
-from kernel.device import Engine, EngineOptions, LogLine, Progress
+from kernel.device import Engine, EngineOptions, LogLine, Progress, StepEvent
 from kernel.errors import WorkerDied
 
 FLUSH_S = 0.004  # steps shorter than this share a frame, so that they do not wake the parent one by one
 PROGRESS_STEP = 0.005  # of a load
+
+Step = tuple[int, StepEvent]
+"""The quantum it belongs to, and what it did."""
 
 
 class OpenEngine(Protocol):
@@ -45,17 +49,32 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._sending = threading.Lock()
+        self._posted: queue.SimpleQueue[Frame | list[Step] | None] = queue.SimpleQueue()
         self._reader = wire.FrameReader()
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
+        self._sender = threading.Thread(target=self._send_all, name="sender", daemon=True)
+        self._sender.start()
 
-    def send(self, frame: Frame) -> None:
-        head = frame.encode_head()
-        with self._sending:
-            self._sock.sendall(head)
-            if frame.blob:
-                self._sock.sendall(frame.blob)
+    def send(self, frame: Frame | list[Step]) -> None:
+        """Post a frame, or steps that share one."""
+        self._posted.put(frame)
+
+    def close(self) -> None:
+        """Wait until all is sent."""
+        self._posted.put(None)
+        self._sender.join()
+
+    def _send_all(self) -> None:
+        try:
+            while (frame := self._posted.get()) is not None:
+                if isinstance(frame, list):
+                    frame = Frame(Kind.STEPS, blob=b"".join([wire.pack_step(*step) for step in frame]))
+                self._sock.sendall(frame.encode_head())
+                if frame.blob:
+                    self._sock.sendall(frame.blob)
+        except ConnectionError:
+            pass  # the parent is gone, as the main thread will find
 
     def receive(self, *, wait: bool) -> list[Frame]:
         """All frames that are there; one that has begun is read to its end. Raises EOFError."""
@@ -74,7 +93,7 @@ class Worker:
         self._engine = engine
         self._brake = brake
         self._quanta: deque[tuple[int, dict[int, int]]] = deque()
-        self._unsent: list[bytes] = []  # packed steps
+        self._unsent: list[Step] = []
         self._flushed_s = 0.0
         self._operations: dict[Kind, Callable[[Frame], Frame]] = {
             Kind.OPEN: self._open,
@@ -102,7 +121,7 @@ class Worker:
             self._flush()
             self._channel.send(Frame(Kind.END, [quantum, interrupted]))
             return
-        self._unsent.append(wire.pack_step(quantum, event))
+        self._unsent.append((quantum, event))
         now_s = time.monotonic()
         next_end_s = now_s + (now_s - started_s)  # the next step is likely to be as long
         if next_end_s - self._flushed_s >= FLUSH_S:
@@ -110,8 +129,8 @@ class Worker:
 
     def _flush(self) -> None:
         if self._unsent:
-            self._channel.send(Frame(Kind.STEPS, blob=b"".join(self._unsent)))
-            self._unsent.clear()
+            self._channel.send(self._unsent)
+            self._unsent = []
             self._flushed_s = time.monotonic()
 
     def _obey(self, frame: Frame) -> None:
@@ -229,6 +248,7 @@ def _serve(channel: Channel, brake: Brake) -> int:
         raise
     except Exception as error:
         channel.send(Frame(Kind.ERROR, wire.encode_error(error)))
+        channel.close()
         return 1
     try:
         Worker(channel, engine, brake).run()
@@ -238,6 +258,7 @@ def _serve(channel: Channel, brake: Brake) -> int:
     except Exception as error:
         traceback.print_exc()
         channel.send(Frame(Kind.FATAL, wire.encode_error(error)))
+        channel.close()
     return 1
 
 

@@ -53,7 +53,7 @@ def _loading(process: Process, model: Model | None) -> str:
 
 
 def _no_seat(process: Process, model: Model) -> str:
-    waiting = sum(1 for member in model.users) - sum(1 for seat in model.seats if seat is not None)
+    waiting = model.users - sum(1 for seat in model.seats if seat is not None)
     return (
         f"It waits for one of the {len(model.seats)} seats of {model.name}; {waiting} processes wait, and "
         "the one with the earliest deadline is next: `renice` moves it up."

@@ -184,6 +184,7 @@ class Kernel:
             self.ledger.check_integrity()
             self.admission.check_integrity()
             for model in self.models.values():
+                assert model.users == len(self.table.users_of(model.name)), (model.name, model.users)
                 model.queue.check_integrity()
                 for seat, thread in enumerate(model.seats):
                     assert thread is None or thread.seat == seat, (thread, seat)
@@ -212,7 +213,7 @@ class Kernel:
             self.admission.forget(self.models[model])
             raise
         process.group = group
-        self.models[model].users.add(process.pid)
+        self.models[model].users += 1
         if record := self.dispatchers[self.models[model].device.name].scheduler.record:
             record.note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
         return process
@@ -419,7 +420,7 @@ class Kernel:
         if exit_code > 128:  # by a signal: do not let the quanta in flight compute for the dead
             dispatcher.interrupt()
         dispatcher.wake_up()
-        model.users.discard(process.pid)
+        model.users -= 1
         if model.state is ModelState.LOADING and not model.users and not model.wanted:
             model.cancelled = True
         process.state, process.exit_code, process.error = State.ZOMBIE, exit_code, error

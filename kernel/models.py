@@ -96,7 +96,7 @@ class Model:
     to_close: list[int] = field(default_factory=list)  # vacated seats that the engine has not been told of
     kv_short: bool = False  # the engine refused a sequence for want of KV memory, and has closed none since
     contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
-    users: set[int] = field(default_factory=set)  # PIDs
+    users: int = 0  # processes that need it and have not ended
     progress: float = 0.0
     wanted: bool = False  # by a `load`, not only by the process that needs it
     opened_s: float = 0.0  # when it was loaded last
@@ -171,7 +171,7 @@ class Model:
             path=str(self.info.path),
             state=self.state.value,
             device=self.device.name,
-            processes=len(self.users),
+            processes=self.users,
             load_progress=self.progress,
             restarts=len(self.restarts_s),
             worker_pid=getattr(host, "pid", None),

@@ -5,6 +5,7 @@ the first in the lock order; it is never held while a driver runs or a file is w
 Not here: who runs next (scheduler), what a program does at a turn's end (kernel).
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -269,7 +270,6 @@ class Process:
     items_failed: int = 0
     reaped: bool = False
     admitted: bool = False  # its declared needs are claimed
-    unclaimed: int = 0  # no item below it is waiting for a thread
     turns: list[str] | None = field(default=None, repr=False)  # of a chat, after `spec.prompts`
     hung_up: bool = False  # nothing more will be said
     _stdout: Stream | None = field(default=None, repr=False)
@@ -343,12 +343,10 @@ class Process:
     def claim(self, thread: Thread, *, ahead: bool = False) -> bool:
         """Give a thread the next item; False if none is left, or, `ahead` of time, too few for the others."""
         taken = {item for each in self.threads for item in each.items} | set(self.early or ())
-        while self.unclaimed in taken or self.unclaimed < self.item:
-            self.unclaimed += 1
-        if self.unclaimed + (len(self.threads) - 1 if ahead else 0) >= self.items:
+        item = next(item for item in itertools.count(self.item) if item not in taken)
+        if item + (len(self.threads) - 1 if ahead else 0) >= self.items:
             return False
-        thread.items += (self.unclaimed,)
-        self.unclaimed += 1
+        thread.items += (item,)
         return True
 
     def say(self, thread: Thread, text: str) -> None:
@@ -412,6 +410,10 @@ class ProcessTable:
     def __iter__(self) -> Iterator[Process]:
         """The rows that `ps` lists: not reaped."""
         return (process for process in self._rows.values() if not process.reaped)
+
+    def users_of(self, model: str) -> list[Process]:
+        """Those of a model that have not ended."""
+        return [process for process in self._rows.values() if process.model == model and process.alive]
 
     def add(self, spec: ProcessSpec, model: str, ppid: int, clock: Clock) -> Process:
         """A new row. Raises AdmissionRefused when the table is full."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.device import Driver, EngineHost, EngineOptions
+from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate
 from kernel.errors import (
     Interrupted,
     KernelFault,
@@ -16,6 +16,7 @@ from kernel.errors import (
     ModelInvalid,
     ModelNotFound,
     NotPermitted,
+    UsageError,
     WorkerDied,
 )
 from kernel.loader import Loader
@@ -67,7 +68,7 @@ class Residency:
                 return Named(str(entry.path), entry.path, entry.description)
         return entry
 
-    def want(self, entry: CatalogEntry, options: EngineOptions) -> Model:
+    def want(self, entry: CatalogEntry, options: EngineOptions, device: str = "") -> Model:
         """The record of a model; a new one waits for admission to open it."""
         with self.kernel.table.lock:
             model = self._present(entry.name)
@@ -85,7 +86,7 @@ class Residency:
                         entry.description,
                         info,
                         driver,
-                        driver.devices()[0],
+                        self._device(driver, estimate, device),
                         options,
                         estimate,
                         self.usage.setdefault(entry.name, Usage()),
@@ -94,7 +95,27 @@ class Residency:
                     self.records[entry.name] = model
         if model.options != options:
             self._check_options(model, options)
+        if device and model.device.name != device:
+            raise NotPermitted(
+                f"{model.name} is loaded on {model.device.name}", f"`unload {model.name}` first"
+            )
         return model
+
+    def _device(self, driver: Driver, estimate: Estimate, name: str) -> DeviceInfo:
+        """The one that is named; or, of the kind its driver likes best and it can fit, that with most room.
+
+        Raises UsageError, naming the driver's devices.
+        """
+        devices = driver.devices()
+        if name:
+            named = next((device for device in devices if device.name == name), None)
+            if named is None:
+                known = ", ".join(device.name for device in devices)
+                raise UsageError(f"no device {name} for this model", f"there is {known}")
+            return named
+        fitting = [device for device in devices if device.memory_bytes >= estimate.total_bytes] or devices
+        alike = [device for device in fitting if device.kind == fitting[0].kind]
+        return max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool))
 
     @staticmethod
     def _check_options(model: Model, asked: EngineOptions) -> None:
@@ -167,7 +188,7 @@ class Residency:
         if model not in dispatcher.models:
             dispatcher.models.append(model)
         dispatcher.scheduler.attach(model)
-        for process in map(self.kernel.table.get, model.users):
+        for process in self.kernel.table.users_of(model.name):
             if process.state is State.NEW and any(t in model.queue for t in process.threads):
                 process.state = State.RUNNABLE
         dispatcher.wake_up()
@@ -183,7 +204,7 @@ class Residency:
         self.fail_users(model, error)
 
     def fail_users(self, model: Model, error: LlmosError) -> None:
-        for process in [p for p in self.kernel.table if p.pid in model.users and p.alive]:
+        for process in self.kernel.table.users_of(model.name):
             self.kernel.ended(process, error.exit_code, error)
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
@@ -207,7 +228,7 @@ class Residency:
             if model is None or model.state is ModelState.FAILED:
                 raise NotPermitted(f"{name} is not loaded")
             if model.users:
-                pids = ", ".join(map(str, sorted(model.users)))
+                pids = ", ".join(str(process.pid) for process in self.kernel.table.users_of(model.name))
                 raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
             if model.state is ModelState.EVICTING:
                 raise NotPermitted(f"{name} is being evicted: another model needs its memory")

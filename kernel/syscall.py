@@ -211,16 +211,18 @@ class Syscalls:
         options: EngineOptions = EngineOptions(),  # noqa: B008
         *,
         wait: bool = False,
+        device: str = "",
     ) -> ModelView:
         """Begin to load a model (by name or path) and return at once. Loading again changes nothing.
 
-        Idle models make room. Where that is not enough, it waits for memory, or without `wait` is refused.
-        Raises ModelNotFound, ModelInvalid, AdmissionRefused.
+        Without a device's name, it goes where most room is. Idle models make room. Where that is not enough,
+        it waits for memory, or without `wait` is refused.
+        Raises ModelNotFound, ModelInvalid, AdmissionRefused, UsageError (no such device), NotPermitted.
         """
         kernel = self._kernel
         if options == EngineOptions():
             options = kernel.parts.options
-        record = kernel.residency.want(kernel.residency.resolve(model), options)
+        record = kernel.residency.want(kernel.residency.resolve(model), options, device)
         with self._table.lock:
             record = kernel.residency.check_wanted(record)
             record.wanted = True

@@ -57,6 +57,7 @@ class SimSystem:
         journal: Path | None = None,
         *,
         device: DeviceInfo = SIM_DEVICE,
+        more_devices: tuple[DeviceInfo, ...] = (),
         resources: Resources | None = None,
         folder: Path | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class SimSystem:
         for name in self.models if folder else ():
             (folder / f"{name}.sim").touch()
         by_file = {f"{name}.sim": model for name, model in self.models.items()}
-        driver = SimDriver([device], sleep=self.clock.sleep, models=by_file)
+        driver = SimDriver([device, *more_devices], sleep=self.clock.sleep, models=by_file)
         self.kernel = Kernel(
             Parts(
                 clock=self.clock,

@@ -45,6 +45,7 @@ def _load_arguments(parser: Arguments) -> None:
         "--seats", type=tokens, default=0, metavar="N", help="processes that can hold their KV at once"
     )
     parser.add("--threads", type=tokens, default=0, metavar="N", help="compute threads")
+    parser.add("--device", default="", metavar="NAME", help="on this device; without it, where most room is")
     parser.add("--dry-run", action="store_true", help="load nothing: say what it would take")
     parser.add("--json", action="store_true", help="with --dry-run: one object, in bytes")
     add_wait(parser)
@@ -71,7 +72,7 @@ def _load(shell: Shell, args: Namespace) -> int:
 def _load_model(shell: Shell, args: Namespace) -> int:
     began_s = time.monotonic()
     options = EngineOptions(args.ctx, args.seats, args.threads)
-    view = shell.system.load(args.model, options, wait=waits(shell, args))
+    view = shell.system.load(args.model, options, wait=waits(shell, args), device=args.device)
     if view.state == "waiting" and not shell.err.animated:
         shell.note(f"{view.name} waits for memory")
     if shell.frame.background:
