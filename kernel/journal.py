@@ -257,6 +257,12 @@ def sweep(folder: Path) -> None:
         with _locked(file) as free:
             if free and _is_empty(file):
                 discard(file)
+    for lock in folder.glob("*.lock"):  # killed between making, or removing, the one file and the other
+        file = lock.with_suffix(".db")
+        if not file.exists():
+            with _locked(file) as free:
+                if free and not file.exists():
+                    discard(file)
 
 
 def _is_empty(file: Path) -> bool:
@@ -386,9 +392,11 @@ def _new_file(folder: Path) -> tuple[Path, int]:
         handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(handle), file.with_suffix(".lock").stat()):
+                raise FileNotFoundError  # swept away before it was locked
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             return file, handle
-        except (BlockingIOError, FileExistsError):  # a dead one's, of a process that had our PID
+        except (BlockingIOError, FileExistsError, FileNotFoundError):  # or a dead one's, who had our PID
             os.close(handle)
         except BaseException:
             os.close(handle)

@@ -1,5 +1,6 @@
 """Nothing lost: what `--resume` finds after a crash, and what it does not (campaigns: test_kill9)."""
 
+import fcntl
 import json
 import os
 import signal
@@ -78,3 +79,12 @@ def test_a_damaged_journal_is_no_obstacle(llmos_home: Path) -> None:
     first, _, views = answer.stdout.decode().partition("\n")
     assert (answer.returncode, first) == (0, "ps"), answer.stderr
     assert json.loads(views)[0]["exit_code"] == 0
+
+
+def test_a_lock_without_a_journal_is_swept_unless_somebody_holds_it(tmp_path: Path) -> None:
+    for name in ("dead", "living"):
+        (tmp_path / f"{name}.lock").touch()
+    with (tmp_path / "living.lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        journal.sweep(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["living.lock"]
