@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from kernel import journal
+
 REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
 LLMOS = [sys.executable, "-m", "llmos"]
 
