@@ -7,6 +7,7 @@ waits for us), then the next event.
 Not here: who runs (scheduler), what an exit means (kernel).
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -162,6 +163,37 @@ class Dispatcher:
                 if all(each.seat is None for each in process.threads):
                     process.state = State.SWAPPED
         self._close_vacated(model)
+
+    def copy(self, model: Model, source: Thread, thread: Thread) -> None:
+        """Give a thread another's KV: within the engine if a seat is free there, or as if swapped out.
+
+        What cannot be had is computed again, also when the engine dies of it.
+        """
+        host, blob = model.host, source.kv.read() if source.kv is not None else None
+        if host is not None and source.seat is not None and source.computed:
+            if self._copy_seat(model, source, thread):
+                return
+            if self.swap.pays(host.info, source.computed):
+                with contextlib.suppress(LlmosError):
+                    blob = host.dump(source.seat)
+        if blob is not None:
+            thread.kv = self.swap.put(thread.process.pid, thread.index, blob)
+
+    def _copy_seat(self, model: Model, source: Thread, thread: Thread) -> bool:
+        with self.table.lock:
+            if not model.has_seat() or not self._sit(model, thread):
+                return False
+        assert source.seat is not None and thread.seat is not None
+        try:
+            model.open_host().fork(source.seat, thread.seat, thread.process.sampling(thread.item))
+        except LlmosError as error:
+            with self.table.lock:
+                model.kv_short |= isinstance(error, AdmissionRefused)
+                model.vacate(thread, 0)
+            return False
+        with self.table.lock:
+            thread.computed, thread.known = source.computed, 1
+        return True
 
     def serve_requests(self) -> bool:
         """Run what was submitted; False if there was nothing."""

@@ -257,9 +257,9 @@ def sweep(folder: Path) -> None:
         with _locked(file) as free:
             if free and _is_empty(file):
                 discard(file)
-    for lock in folder.glob("*.lock"):  # killed between making, or removing, the one file and the other
-        file = lock.with_suffix(".db")
-        if not file.exists():
+    with contextlib.suppress(OSError):
+        for lock in folder.glob("*.lock"):  # killed between making, or removing, the one file and the other
+            file = lock.with_suffix(".db")
             with _locked(file) as free:
                 if free and not file.exists():
                     discard(file)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted
+from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, LlmosError, NotPermitted
 from kernel.models import Model
-from kernel.process import Process, Signal, Thread, check_spec
+from kernel.process import Process, ProcessSpec, Signal, Thread, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
@@ -181,13 +181,39 @@ class Recovery:
 
     def fork(self, pid: int, seed: int | None, sink: str) -> Process:
         """A copy of a process that goes on beside it, KV and all; with `seed` it draws other tokens."""
-        taken = self._taken(pid)
         with self.kernel.table.lock:
-            nice = self.kernel.table.get(pid).nice
-        spec = replace(taken.spec, sink=sink, command=f"fork {pid}: {taken.spec.command}", nice=nice)
+            parent = self.kernel.table.alive(pid)
+            model = self.kernel.models[parent.model]
+            command = f"fork {pid}: {parent.spec.command}"
+            spec = replace(parent.spec, sink=sink, command=command, nice=parent.nice, wait=True)
         if seed is not None:
             spec = replace(spec, sampling=replace(spec.sampling, seed=seed))
-        return self.revive(replace(taken, spec=spec), f"process {pid}", ppid=pid)
+        process = self.kernel.on_dispatcher(model, lambda: self._twin(parent, model, spec))
+        self.kernel.begin(process, model)
+        return process
+
+    def _twin(self, parent: Process, model: Model, spec: ProcessSpec) -> Process:
+        """On the dispatcher's thread, so that tokens and KV agree: a row like another's."""
+        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatchers[model.device.name]
+        sources = self._at_work(parent)
+        with self.kernel.table.lock:
+            self.kernel.table.alive(parent.pid)
+            process = self.kernel.new_process(spec, parent.model, parent.pid)
+            self._fill(process, taken)
+        try:
+            for source, thread in zip(sources, process.threads, strict=False):
+                dispatcher.copy(model, source, thread)
+        except Exception:  # no memory, say: it never was
+            with self.kernel.table.lock:
+                self.kernel.ended(process, KernelFault.exit_code)
+                self.kernel.table.reap(process)
+            raise
+        return process
+
+    @staticmethod
+    def _at_work(process: Process) -> list[Thread]:
+        """Its threads that have something to go on from."""
+        return [thread for thread in process.threads if thread.items or (thread.tokens and process.is_chat)]
 
     def _taken(self, pid: int) -> "Checkpoint":
         """Raises ProcessNotFound, NotPermitted (it has ended)."""
@@ -196,13 +222,13 @@ class Recovery:
             model = self.kernel.models[process.model]
         return self.kernel.on_dispatcher(model, lambda: self._take(process, model))
 
-    def _take(self, process: Process, model: Model) -> "Checkpoint":
+    def _take(self, process: Process, model: Model, *, kv: bool = True) -> "Checkpoint":
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
         from kernel import checkpoint
 
         self.kernel.dispatchers[model.device.name].drain()
         digest = checkpoint.model_digest(model.info.path)
-        states = [(thread, self._kv(model, thread)) for thread in process.threads]
+        states = [(each, self._kv(model, each) if kv else None) for each in self._at_work(process)]
         with self.kernel.table.lock:
             self.kernel.table.alive(process.pid)
             return checkpoint.Checkpoint(
@@ -216,10 +242,9 @@ class Recovery:
                         prompt_length=thread.prompt_length,
                         tokens=tuple(thread.tokens),
                         reply=thread.reply,
-                        kv=kv,
+                        kv=state,
                     )
-                    for thread, kv in states
-                    if thread.items or (thread.tokens and process.is_chat)
+                    for thread, state in states
                 ),
                 prompt_tokens=process.prompt_tokens,
                 output_tokens=process.output_tokens,
