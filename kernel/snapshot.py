@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from kernel.device import DeviceInfo, EngineInfo, ModelInfo
 
+BY_HAND = "`swapin`"  # what a process waits for that was swapped out by hand
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
