@@ -35,7 +35,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         shared_tokens=process.shared_tokens,
         tokens_per_s=_rate(process, now_s) if process.alive else average,
         context_tokens=process.tokens(),
-        context_limit_tokens=engine.context_tokens if engine else 0,
+        context_limit_tokens=engine.context_tokens * max(len(process.threads), 1) if engine else 0,
         kv_bytes=_kv_bytes(process, engine.kv_bytes_per_token if engine else 0),
         device_s=process.device_s,
         started_s=process.started_wall_s,

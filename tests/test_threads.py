@@ -47,6 +47,14 @@ def test_samples_are_drawn_with_one_seed_after_another() -> None:
     assert text == f"==> 1 <==\n{alone(5)}\n\n==> 2 <==\n{alone(6)}\n\n==> 3 <==\n{alone(7)}\n"
 
 
+def test_the_windows_of_all_threads_are_the_limit() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=0, context_tokens=500)})
+    pid = sim.system.spawn(ProcessSpec("m", ("a", "b", "c", "d"), max_tokens=400, threads=4, lines=True))
+    sim.run_until(1200)
+    view = sim.system.process(pid)
+    assert 500 < view.context_tokens < view.context_limit_tokens == 4 * 500
+
+
 def test_a_weight_is_divided_among_threads() -> None:
     sim = SimSystem({"m": SimModel(mean_tokens=0)})
     alone = sim.spawn(max_tokens=4000)

@@ -45,7 +45,8 @@ def _chat(shell: Shell, args: argparse.Namespace) -> int:
         wait=waits(shell, args),
     )
     pid = shell.system.spawn(spec)
-    say_waiting(shell, pid)
+    if not stays or shell.frame.background:  # a conversation says itself what it waits for
+        say_waiting(shell, pid)
     if not stays:
         with suppress(NotPermitted):  # it has failed already
             shell.system.hang_up(pid)
