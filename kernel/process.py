@@ -147,7 +147,7 @@ def _typed(kind: type[T], values: dict[str, Any]) -> T:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Processes that divide one weight between them: a user's, or the parts of a large job."""
+    """Who divide one weight between them: processes of a user, or of a large job; the threads of a process."""
 
     name: str
     weight: float = 1.0

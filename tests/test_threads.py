@@ -68,6 +68,18 @@ def test_a_weight_is_divided_among_threads() -> None:
     assert abs(gained[alone] - gained[many]) < 100
 
 
+def test_one_with_a_thread_for_every_seat_keeps_no_other_out() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=30, sequences=8)})
+    job = ProcessSpec("m", tuple(f"line {number}" for number in range(2000)), threads=16, lines=True)
+    first = sim.system.spawn(job)
+    sim.run_until(500)
+    second = sim.system.spawn(job)
+    early = sim.system.process(first).output_tokens
+    sim.run_until(early + 4000)
+    gained = sim.system.process(first).output_tokens - early, sim.system.process(second).output_tokens
+    assert min(gained) > 0.8 * max(gained)
+
+
 def test_what_a_finished_thread_had_goes_to_the_others() -> None:
     """A job whose threads run out of lines keeps its whole weight to the end."""
     sim = SimSystem({"m": SimModel(mean_tokens=0)})
