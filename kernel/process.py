@@ -147,7 +147,7 @@ def _typed(kind: type[T], values: dict[str, Any]) -> T:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Who divide one weight between them: processes of a user, or of a large job; the threads of a process."""
+    """Who divide one weight: processes of a user or of a large job, or the threads of one process."""
 
     name: str
     weight: float = 1.0
