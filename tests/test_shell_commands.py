@@ -571,3 +571,13 @@ def test_the_rate_of_a_copy_is_of_what_it_said_itself(shell: Session) -> None:
     original, copy = shell.shell.system.finished()[::-1]
     assert copy.ppid == original.pid and copy.output_tokens == original.output_tokens == 200
     assert copy.tokens_per_s * copy.elapsed_s < 200
+
+
+def test_save_all_makes_its_folder_and_says_what_is_in_the_way(shell: Session) -> None:
+    shell.line("run endless hi &")
+    assert shell.line("save --all new")[0] == 0
+    assert len(list(Path("new").iterdir())) == 1
+    Path("file").touch()
+    assert "file: not a folder" in shell.line("save --all file")[2]
+    assert "No such file" in shell.line("save --all deep/er")[2]
+    shell.line("kill %1")
