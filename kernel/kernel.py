@@ -21,6 +21,7 @@ from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
 from kernel.errors import AdmissionRefused, KernelFault, LlmosError, NotPermitted, UsageError, WorkerDied
 from kernel.explain import held_out
+from kernel.fairness import weight_of
 from kernel.memory import MemoryLedger, Pool, Resources
 from kernel.message import Message
 from kernel.models import Catalog, Model, ModelState
@@ -212,6 +213,8 @@ class Kernel:
         except AdmissionRefused:
             self.admission.forget(self.models[model])
             raise
+        if group is None and spec.threads > 1:  # one claim: else who has more threads has more seats
+            group = Group(f"process {process.pid}", weight_of(process.nice))
         process.group = group
         self.models[model].users += 1
         if record := self.dispatchers[self.models[model].device.name].scheduler.record:
@@ -366,6 +369,8 @@ class Kernel:
         with self.table.lock:
             process = self.table.alive(pid)
             old, process.nice = process.nice, nice
+            if process.group is not None and not process.spec.group:
+                process.group.weight = weight_of(nice)
             model = self.models[process.model]
             dispatcher = self.dispatchers[model.device.name]
             for thread in process.threads:

@@ -147,7 +147,7 @@ def _typed(kind: type[T], values: dict[str, Any]) -> T:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Processes that divide one weight between them: a user's, or the parts of a large job."""
+    """Who divide one weight: processes of a user or of a large job, or the threads of one process."""
 
     name: str
     weight: float = 1.0
@@ -259,6 +259,7 @@ class Process:
     waits_for: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    inherited_tokens: int = 0  # of those, what it had said when it was loaded, resumed or forked
     shared_tokens: int = 0
     device_s: float = 0.0
     share_due: float = 0.0

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from kernel.device import DeviceInfo, EngineInfo, ModelInfo
 
+BY_HAND = "`swapin`"  # what a process waits for that was swapped out by hand
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessView:
@@ -26,7 +28,7 @@ class ProcessView:
     shared_tokens: int  # prompt tokens found in the KV cache instead of computed
     tokens_per_s: float  # output tokens, over about the last second of its life
     context_tokens: int  # tokens now in the window, all threads
-    context_limit_tokens: int
+    context_limit_tokens: int  # of all their windows
     kv_bytes: int
     device_s: float  # device time received
     started_s: float  # seconds since the epoch

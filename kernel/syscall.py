@@ -15,7 +15,7 @@ from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
 from kernel.models import ModelState
-from kernel.process import Process, ProcessSpec, Signal
+from kernel.process import Process, ProcessSpec, Signal, State
 from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemView
 from kernel.views import device_view, disk_view, process_view
 
@@ -124,7 +124,8 @@ class Syscalls:
         with self._table.lock:
             process = self._table.get(pid)
             model, now_s = self._kernel.models.get(process.model), self._kernel.clock.now_s()
-            return self._kernel.admission.explain(process) or explain(process, model, now_s)
+            queued = None if process.state is State.STOPPED else self._kernel.admission.explain(process)
+            return queued or explain(process, model, now_s)
 
     def wait(self, pid: int, timeout_s: float | None = None) -> ProcessView | None:
         """Block until the process ends; None when the time is up. Raises ProcessNotFound."""

@@ -8,13 +8,13 @@ from kernel.dispatcher import Dispatcher
 from kernel.explain import held_out
 from kernel.models import CatalogEntry, Model
 from kernel.process import Process, State
-from kernel.snapshot import DeviceView, ModelView, ProcessView
+from kernel.snapshot import BY_HAND, DeviceView, ModelView, ProcessView
 
 
 def process_view(process: Process, model: Model | None, now_s: float) -> ProcessView:
     ended_s = now_s if process.ended_s is None else process.ended_s
     elapsed_s = ended_s - process.started_s
-    average = process.output_tokens / elapsed_s if elapsed_s > 0 else 0.0
+    average = (process.output_tokens - process.inherited_tokens) / elapsed_s if elapsed_s > 0 else 0.0
     engine = model.host.info if model and model.host else None
     told = process.is_chat or not process.alive  # one bad line of many is told at the end
     error = process.error if told else None
@@ -35,7 +35,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         shared_tokens=process.shared_tokens,
         tokens_per_s=_rate(process, now_s) if process.alive else average,
         context_tokens=process.tokens(),
-        context_limit_tokens=engine.context_tokens if engine else 0,
+        context_limit_tokens=engine.context_tokens * max(len(process.threads), 1) if engine else 0,
         kv_bytes=_kv_bytes(process, engine.kv_bytes_per_token if engine else 0),
         device_s=process.device_s,
         started_s=process.started_wall_s,
@@ -107,7 +107,7 @@ def _waits_for(process: Process, model: Model | None) -> str:
     if process.state is State.ZOMBIE or model is None:
         return ""
     if held_out(process, model):
-        return "`swapin`"
+        return BY_HAND
     if process.waits_for:
         return process.waits_for
     if model.host is None:

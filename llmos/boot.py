@@ -3,10 +3,10 @@
 Reads as a table of contents. Owner: `llmos.cli` calls it once.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from shell.session import Shell
 if TYPE_CHECKING:
     from drivers.host import HostSensors
 
+_KEY_BYTES = 32
 SWITCH_INTERVAL_S = 0.0005  # keys and frames stay quick beside busy threads, for a tenth of their speed
 
 
@@ -96,26 +97,29 @@ def _key(paths: Paths) -> bytes:
     Without a writable home it lasts as long as the process: checkpoints still load, by computing again.
     """
     folder = writable(paths.state)
-    fresh = os.urandom(32)
+    fresh = os.urandom(_KEY_BYTES)
     if folder is None:
         return fresh
-    file = folder / "key"
+    file, part = folder / "key", folder / f"key.{os.getpid()}"
+    if found := _read_key(file):
+        return found
     try:
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read_key(file) or fresh
-    except OSError:
-        return fresh
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(fresh)
-    return fresh
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+            stream.write(fresh)
+        part.replace(file)
+    except OSError:  # a full disk, say: no reason not to start
+        with suppress(OSError):
+            part.unlink()
+    return _read_key(file) or fresh
 
 
 def _read_key(file: Path) -> bytes:
+    """Nothing, if it is not whole."""
     try:
-        return file.read_bytes()
+        key = file.read_bytes()
     except OSError:
         return b""
+    return key if len(key) == _KEY_BYTES else b""
 
 
 def _cpus() -> int:
@@ -139,7 +143,7 @@ def _ram_resident() -> Callable[[], int] | None:
     def anonymous() -> int:
         total = 0
         for pid in ("self", *_children()):
-            with contextlib.suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):
                 fields = Path(f"/proc/{pid}/statm").read_text().split()
                 total += (int(fields[1]) - int(fields[2])) * page_bytes
         return total
@@ -151,7 +155,7 @@ def _children() -> list[str]:
     """PIDs of the workers, as Linux knows them by the thread that started each."""
     found: list[str] = []
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             found += (task / "children").read_text().split()
     return found
 

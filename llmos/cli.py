@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("-f", metavar="FILE", dest="file", help="run a script")
     parser.add_argument("-n", "--check", action="store_true", help="check a script, run nothing")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables, where there are lists")
-    parser.add_argument("--resume", action="store_true", help="first go on with what a crash ended")
+    parser.add_argument("--resume", action="store_true", help="first finish what a crash ended")
     parser.add_argument("--record", metavar="FILE", help="write every scheduling decision, as JSON lines")
     parser.add_argument("--config", metavar="FILE", help="configuration instead of the user's own")
     parser.add_argument("--no-plugins", action="store_true", help="built-in commands only")

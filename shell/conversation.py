@@ -25,13 +25,16 @@ _PATIENCE_S = 0.3  # before it is said what a reply waits for
 _SPAN_S = 0.1  # no rate is told of less
 
 
-def converse(shell: Shell, job: Job) -> int:
-    """Talk until the chat is left, stopped or ended; returns an exit code."""
+def converse(shell: Shell, job: Job, *, asked: bool = False) -> int:
+    """Talk until the chat is left, stopped or ended; returns an exit code.
+
+    `asked`: the first turn was typed just now, and is not told again if its reply was quicker than we are.
+    """
     from shell.chat_prompt import ChatPrompt  # deferred: prompt-toolkit
 
     prompt = ChatPrompt(shell, job)
     shell.remark(f"{shell.system.process(job.pid).model} · ^C stops a reply · /help · ^D leaves")
-    _recall(shell, job)
+    _recall(shell, job, 1 if asked else 0)
     status = _go_on(shell, job)
     while status is None:
         shell.interrupts.pressed = False  # it was meant for a reply, or for the line that was typed
@@ -81,12 +84,12 @@ def _go_on(shell: Shell, job: Job) -> int | None:
 # Replies
 
 
-def _recall(shell: Shell, job: Job) -> None:
-    """Show what was said while nobody looked, or before it was resumed."""
+def _recall(shell: Shell, job: Job, known: int) -> None:
+    """Show what was said while nobody looked, or before it was resumed; of the first `known`, the replies."""
     begin = 0
-    for asked, reply in shell.system.items(job.pid):
+    for number, (asked, reply) in enumerate(shell.system.items(job.pid)):
         end = begin + len(reply) + 1
-        if job.offset <= begin:
+        if job.offset <= begin and number >= known:
             shell.out.write(f"you> {asked}\n")
         if job.offset < end:
             shell.out.write(reply[max(job.offset - begin, 0) :] + "\n")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
-from kernel.snapshot import ProcessView
+from kernel.snapshot import BY_HAND, ProcessView
 from kernel.syscall import Signal, Syscalls
 from shell.render import format_bytes, format_duration
 from shell.terminal import Output, cell_width, encode, fit, one_line
@@ -187,8 +187,11 @@ class JobTable:
         return job.number if job else 0
 
 
-def start(shell: Shell, pid: int) -> int:
-    """Put a new process under job control, as its frame says; returns the command's exit code."""
+def start(shell: Shell, pid: int, *, asked: bool = False) -> int:
+    """Put a new process under job control, as its frame says; returns the command's exit code.
+
+    `asked`: it is a chat, and its user has just typed the first turn.
+    """
     frame, sink = shell.frame, None
     if frame.stdout is not None:
         sink = Sink(shell.system, pid, frame.stdout, frame.target)
@@ -196,7 +199,7 @@ def start(shell: Shell, pid: int) -> int:
         hang_up(shell, pid)  # into a file nobody can talk
     job = shell.jobs.add(pid, frame.line, sink)
     if not frame.background:
-        return foreground(shell, job)
+        return foreground(shell, job, asked=asked)
     shell.last_background_pid = pid
     shell.note(labelled(shell.err, f"[{job.number}] {pid}  ", job))
     return 0
@@ -210,7 +213,7 @@ def labelled(out: Output, head: str, job: Job, tail: str = "") -> str:
     return head + command + tail
 
 
-def foreground(shell: Shell, job: Job) -> int:
+def foreground(shell: Shell, job: Job, *, asked: bool = False) -> int:
     """Show a job's output as it comes, until it ends or is stopped; returns its exit code.
 
     ^C asks it to end, a second one kills it, a third leaves it to itself. ^Z stops it. With a chat it is
@@ -220,7 +223,7 @@ def foreground(shell: Shell, job: Job) -> int:
         if can_talk(shell):
             from shell.conversation import converse  # deferred: prompt-toolkit
 
-            return converse(shell, job)
+            return converse(shell, job, asked=asked)
         hang_up(shell, job.pid)
     presses = 0
     try:
@@ -288,8 +291,8 @@ def stopped(shell: Shell, job: Job) -> int:
 def wait_job(shell: Shell, job: Job) -> int:
     """Wait for the end of a background job, show what it said, and return its exit code.
 
-    ^C ends the waiting, not the job. A stopped job is not waited for, nor a chat that waits for its user;
-    in a script it has none: there it ends.
+    ^C ends the waiting, not the job. A stopped job is not waited for, nor one that was swapped out by hand,
+    nor a chat that waits for its user; in a script it has none: there it ends.
     """
     while shell.system.wait(job.pid, _POLL_S) is None:
         if shell.interrupts.take_interrupt():
@@ -302,6 +305,9 @@ def wait_job(shell: Shell, job: Job) -> int:
             return _STOPPED
         elif view.state == "STOPPED":
             shell.note(f"[{job.number}] is stopped: `bg %{job.number}` continues it")
+            return _STOPPED
+        elif view.waits_for == BY_HAND:
+            shell.note(f"[{job.number}] is swapped out: `swapin %{job.number}` lets it go on")
             return _STOPPED
     return conclude(shell, job)
 

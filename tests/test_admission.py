@@ -172,6 +172,7 @@ def test_signals_reach_one_that_waits() -> None:
     sim.system.signal(stopped, Signal.STOP)
     sim.system.signal(killed, Signal.KILL)
     assert state(sim, stopped) == "STOPPED"
+    assert sim.system.why(stopped)[0] == "It was stopped."  # nothing that becomes free would help it
     sim.kernel.pump()
     assert [state(sim, pid) for pid in (first, stopped, last)] == ["ZOMBIE", "STOPPED", "ZOMBIE"]
     sim.system.signal(stopped, Signal.CONT)

@@ -204,6 +204,21 @@ def test_a_read_only_home(tmp_path: Path) -> None:
     leave(child)
 
 
+def test_a_full_disk_at_the_first_boot_is_no_obstacle_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    limited = "import resource as r, runpy; r.setrlimit(r.RLIMIT_FSIZE, (0, 0)); runpy.run_module('llmos')"
+    command = [sys.executable, "-c", limited, "true"]
+    env = os.environ | {"LLMOS_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert not list(tmp_path.rglob("key*"))
+    llmos("true", LLMOS_HOME=str(tmp_path))
+    (key,) = tmp_path.rglob("key*")
+    assert key.stat().st_size == 32
+    key.write_bytes(b"")  # an LLMOS of before left this on a full disk
+    llmos("true", LLMOS_HOME=str(tmp_path))
+    assert key.stat().st_size == 32
+
+
 def test_a_terminal_of_20_columns() -> None:
     child = shell(columns=20)
     for line in ("run nano --temp 0 hi", "ps -a", "models", "free", "help", "jobs"):

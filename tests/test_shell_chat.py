@@ -22,8 +22,11 @@ from shell_kit import Session, session
 
 from kernel.snapshot import ProcessView
 from kernel.syscall import ProcessSpec, Signal
+from shell import conversation
 from shell.chat_prompt import ChatCompleter
+from shell.jobs import Job
 from shell.repl import interact
+from shell.session import Shell
 
 TURNS = ("hello there", "tell me more", "and then")
 
@@ -96,6 +99,22 @@ def test_each_line_is_answered_and_end_of_input_ends_it(shell: Session) -> None:
 
 def test_words_are_the_first_turn(shell: Session) -> None:
     first, *rest = TURNS
+    assert typed(shell, f"chat quick {first}", *rest, "/bye")[1] == expected(shell)
+
+
+def test_a_reply_that_was_quicker_than_the_conversation_is_shown_alike(
+    shell: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first turn is not repeated to who has just typed it."""
+    first, *rest = TURNS
+    begin = conversation.converse
+
+    def late(opened: Shell, job: Job, *, asked: bool = False) -> int:
+        while not opened.system.process(job.pid).items_done:
+            time.sleep(0.01)
+        return begin(opened, job, asked=asked)
+
+    monkeypatch.setattr(conversation, "converse", late)
     assert typed(shell, f"chat quick {first}", *rest, "/bye")[1] == expected(shell)
 
 
@@ -364,3 +383,9 @@ def test_a_conversation_outlives_its_llmos() -> None:
         child.expect(pexpect.EOF)
         child.wait()
         assert child.exitstatus == 0
+
+
+def test_needs_reach_the_process_and_are_checked(shell: Session) -> None:
+    status, _, told = shell.line("chat quick --cpus 100000 hello < turns")
+    assert status == 75 and "cpus" in told
+    assert shell.line("chat quick --mem 1000T --no-wait hello < turns")[0] == 75

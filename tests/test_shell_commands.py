@@ -286,6 +286,7 @@ def test_a_checkpoint_goes_on(shell: Session) -> None:
     assert status == 0
     assert after > before > 0
     assert Path("b").read_text().startswith(Path("a").read_text().strip("\n"))
+    assert "w.ckpt is a checkpoint" in shell.line("load w.ckpt --dry-run")[2]
 
 
 def test_a_broken_pipe_is_quiet_and_ends_the_process(shell: Session, tmp_path: Path) -> None:
@@ -543,4 +544,40 @@ def test_swapout_and_swapin(shell: Session) -> None:
     assert shell.line("swapin %1")[0] == 0
     assert "swapped out" not in shell.line("why %1")[1]
     assert shell.line("swapout 999")[0] == 1
+    shell.line("kill %1")
+
+
+@pytest.mark.parametrize("ending", ["wait", ""])
+def test_a_script_does_not_wait_for_what_it_swapped_out(shell: Session, ending: str) -> None:
+    status, _, told = shell.script(f"run endless hi > a & sleep 0.1; swapout %1; {ending}")
+    assert status == (148 if ending else 0)
+    assert "`swapin %1` lets it go on" in told
+
+
+def test_a_job_that_is_brought_back_is_swapped_in(shell: Session) -> None:
+    shell.line("run endless hi &")
+    shell.line("sleep 0.05; swapout %1; bg %1")
+    assert "swapped out" not in shell.line("why %1")[1]
+    shell.line("kill %1")
+
+
+def test_a_command_without_words_names_only_what_is_missing(shell: Session) -> None:
+    for command in ("run", "chat"):
+        assert shell.line(command)[2].splitlines()[0].endswith("are required: MODEL")
+
+
+def test_the_rate_of_a_copy_is_of_what_it_said_itself(shell: Session) -> None:
+    shell.line("run endless --max-tokens 200 hi > a & sleep 0.1; stop %1; fork %1 > b; cont %1; wait")
+    original, copy = shell.shell.system.finished()[::-1]
+    assert copy.ppid == original.pid and copy.output_tokens == original.output_tokens == 200
+    assert copy.tokens_per_s * copy.elapsed_s < 200
+
+
+def test_save_all_makes_its_folder_and_says_what_is_in_the_way(shell: Session) -> None:
+    shell.line("run endless hi &")
+    assert shell.line("save --all new")[0] == 0
+    assert len(list(Path("new").iterdir())) == 1
+    Path("file").touch()
+    assert "file: not a folder" in shell.line("save --all file")[2]
+    assert "No such file" in shell.line("save --all deep/er")[2]
     shell.line("kill %1")

@@ -119,6 +119,13 @@ def test_f12_opens_the_monitor_and_keeps_what_was_typed(shell: Session) -> None:
     assert opened == [True]
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_frame() -> None:
+    with session(terminal=True, environment={"TERM": "dumb"}) as dumb:
+        dumb.shell.open_monitor = lambda: 99
+        status, out, _ = dumb.line("top")
+    assert status == 0 and "0 processes" in out
+
+
 # History
 
 

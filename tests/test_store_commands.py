@@ -78,6 +78,15 @@ def test_show_tells_what_the_header_says_and_where_it_fits(shell: Shell) -> None
     assert (told["fit"], told["info"]["kv_bytes_per_token"]) == ("RAM", 2048)
 
 
+def test_show_knows_a_loaded_model_by_its_name_in_the_list(shell: Shell, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.gguf"
+    copy.write_bytes(NANO.read_bytes())
+    assert typed(shell, "show elsewhere")[0] == 127
+    assert typed(shell, f"load {copy}")[0] == 0
+    status, out, _ = typed(shell, "show elsewhere")
+    assert status == 0 and str(copy) in out
+
+
 def test_what_a_file_says_of_itself_cannot_steer_the_terminal(shell: Shell, own: Path) -> None:
     evil = NANO.read_bytes().replace(b"llmos-tiny", b"\x1b[31m\n\rx\x07y")
     (own / "evil.gguf").write_bytes(evil)

@@ -47,6 +47,14 @@ def test_samples_are_drawn_with_one_seed_after_another() -> None:
     assert text == f"==> 1 <==\n{alone(5)}\n\n==> 2 <==\n{alone(6)}\n\n==> 3 <==\n{alone(7)}\n"
 
 
+def test_the_windows_of_all_threads_are_the_limit() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=0, context_tokens=500)})
+    pid = sim.system.spawn(ProcessSpec("m", ("a", "b", "c", "d"), max_tokens=400, threads=4, lines=True))
+    sim.run_until(1200)
+    view = sim.system.process(pid)
+    assert 500 < view.context_tokens < view.context_limit_tokens == 4 * 500
+
+
 def test_a_weight_is_divided_among_threads() -> None:
     sim = SimSystem({"m": SimModel(mean_tokens=0)})
     alone = sim.spawn(max_tokens=4000)
@@ -58,6 +66,18 @@ def test_a_weight_is_divided_among_threads() -> None:
     sim.run_until(3000)
     gained = {pid: sim.system.process(pid).output_tokens - early[pid] for pid in (alone, many)}
     assert abs(gained[alone] - gained[many]) < 100
+
+
+def test_one_with_a_thread_for_every_seat_keeps_no_other_out() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=30, sequences=8)})
+    job = ProcessSpec("m", tuple(f"line {number}" for number in range(2000)), threads=16, lines=True)
+    first = sim.system.spawn(job)
+    sim.run_until(500)
+    second = sim.system.spawn(job)
+    early = sim.system.process(first).output_tokens
+    sim.run_until(early + 4000)
+    gained = sim.system.process(first).output_tokens - early, sim.system.process(second).output_tokens
+    assert min(gained) > 0.8 * max(gained)
 
 
 def test_what_a_finished_thread_had_goes_to_the_others() -> None:

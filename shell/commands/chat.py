@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from kernel.errors import NotPermitted, UsageError
 from kernel.syscall import ProcessSpec
-from shell.commands.run import content_of, reply_arguments, sampling_of
+from shell.commands.run import content_of, reply_arguments, sampling_of, say_waiting, waits
 from shell.jobs import can_talk, sink_of, start
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
@@ -16,7 +16,7 @@ from shell.session import Shell
 
 def _arguments(parser: Arguments) -> None:
     parser.add("model", metavar="MODEL", completes=("model",))
-    parser.add("words", nargs="*", metavar="WORDS")
+    parser.add("words", nargs="*", default=[], metavar="WORDS")
     reply_arguments(parser)
 
 
@@ -39,13 +39,18 @@ def _chat(shell: Shell, args: argparse.Namespace) -> int:
         command=shell.frame.line,
         context_tokens=args.ctx,
         sink=sink_of(shell.frame),
-        wait=not shell.interactive,
+        cpus=args.cpus,
+        gpus=args.gpus,
+        mem_bytes=args.mem,
+        wait=waits(shell, args),
     )
     pid = shell.system.spawn(spec)
+    if not stays or shell.frame.background:  # a conversation says itself what it waits for
+        say_waiting(shell, pid)
     if not stays:
         with suppress(NotPermitted):  # it has failed already
             shell.system.hang_up(pid)
-    return start(shell, pid)
+    return start(shell, pid, asked=bool(turns))
 
 
 SPECS = (

@@ -87,6 +87,7 @@ def _continue(shell: Shell, job: Job) -> None:
     if shell.system.process(job.pid).state != "ZOMBIE":
         with suppress(NotPermitted):  # it ended just now: its output and exit code are still to be had
             shell.system.signal(job.pid, Signal.CONT)
+            shell.system.swap_in(job.pid)  # if it was swapped out by hand: else nothing would ever come
 
 
 SPECS = (
@@ -103,7 +104,7 @@ SPECS = (
     ),
     CommandSpec(
         "bg",
-        "let a stopped job go on in the background",
+        "let a job that was stopped or swapped out go on in the background",
         _bg,
         _job_argument,
         ("bg", "bg %2"),

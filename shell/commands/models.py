@@ -54,9 +54,11 @@ def _load_arguments(parser: Arguments) -> None:
 def _load(shell: Shell, args: Namespace) -> int:
     if args.json and not args.dry_run:
         raise UsageError("load: --json goes with --dry-run", "`models --json` tells of what is loaded")
-    if args.dry_run:
-        return _dry_run(shell, args)
     head = _head(args.model)
+    if args.dry_run:
+        if head == _CHECKPOINT:
+            raise UsageError(f"load: {args.model} is a checkpoint; --dry-run is for models")
+        return _dry_run(shell, args)
     if head == _CHECKPOINT:
         return start(shell, shell.system.restore(Path(args.model), sink_of(shell.frame)))
     try:

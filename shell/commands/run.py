@@ -60,7 +60,7 @@ def waits(shell: Shell, args: argparse.Namespace) -> bool:
 
 def _arguments(parser: Arguments) -> None:
     parser.add("model", metavar="MODEL", completes=("model",))
-    parser.add("words", nargs="*", metavar="WORDS")
+    parser.add("words", nargs="*", default=[], metavar="WORDS")
     parser.add(
         "-f", dest="file", metavar="FILE", completes=("file",), help="append a file to the prompt; - is stdin"
     )
@@ -131,11 +131,11 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
         wait=waits(shell, args),
     )
     pid = shell.system.spawn(spec)
-    _say_waiting(shell, pid)
+    say_waiting(shell, pid)
     return start(shell, pid)
 
 
-def _say_waiting(shell: Shell, pid: int) -> None:
+def say_waiting(shell: Shell, pid: int) -> None:
     """What waits for its turn may wait long: not in silence. A load is told by the model's progress."""
     view = shell.system.process(pid)
     if view.state == "NEW" and view.waits_for and not view.waits_for.endswith(" to load"):

@@ -44,8 +44,11 @@ def _save_process(shell: Shell, pid: int, file: Path) -> None:
 
 def _save_all(shell: Shell, folder: Path) -> int:
     """One that cannot be saved does not stop the others; the exit code is the last failure's."""
-    if not folder.is_dir():
-        raise LlmosError(f"{folder} is not a folder")
+    try:
+        folder.mkdir(exist_ok=True)  # there is no command that would
+    except OSError as error:
+        reason = "not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise LlmosError(f"{folder}: {reason}") from error
     status = 0
     for view in shell.system.snapshot().processes:
         if view.exit_code is not None:

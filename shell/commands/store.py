@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from kernel.errors import Interrupted, NotPermitted, UsageError
+from kernel.errors import Interrupted, ModelNotFound, NotPermitted, UsageError
 from kernel.snapshot import SystemView
 from kernel.syscall import Estimate, ModelInfo
 from shell.registry import Arguments, CommandSpec
@@ -79,7 +79,7 @@ def _show_arguments(parser: Arguments) -> None:
 
 
 def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
-    facts = store.facts(args.model)
+    facts = _facts(store, shell, args.model)
     info, estimate = shell.system.inspect(str(facts.path))
     fits = fit_of(info, estimate, shell.system.snapshot())
     if args.json or shell.json:
@@ -91,6 +91,14 @@ def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
     for label, text in _rows(facts, info, estimate, fits):
         shell.out.line(f"{label:<13} {one_line(text)}")
     return 0
+
+
+def _facts(store: ModelStore, shell: Shell, name: str) -> Facts:
+    """Of a model on the shelf, or in use by the name that `models` lists it under. Raises as the store."""
+    try:
+        return store.facts(name)
+    except ModelNotFound:
+        return store.facts(str(shell.system.inspect(name)[0].path))
 
 
 def sizes_of(estimate: Estimate) -> dict[str, int]:

@@ -27,7 +27,7 @@ SPECS = (
         _swapout,
         add_targets,
         ("swapout %1",),
-        notes="LLMOS does this by itself when KV memory is short; by hand they stay out until `swapin`.",
+        notes="LLMOS does this by itself when KV memory is short; by hand: until `swapin` or `fg`.",
         group="processes",
     ),
     CommandSpec(

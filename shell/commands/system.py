@@ -28,7 +28,7 @@ def _top(shell: Shell, args: Namespace) -> int:
     if args.json or shell.json:
         shell.out.line(to_json(shell.system.snapshot()))
         return 0
-    if args.once or not shell.out.is_terminal:
+    if args.once or not shell.out.animated:
         _print_frame(shell, shell.system.snapshot())
         return 0
     if shell.open_monitor is None:
@@ -200,7 +200,7 @@ SPECS = (
         _top,
         _top_arguments,
         ("top", "top -1"),
-        notes="Without a terminal it prints one frame.",
+        notes="Without a terminal that can move its cursor it prints one frame.",
         group="system",
     ),
     CommandSpec(
