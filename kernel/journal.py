@@ -377,7 +377,7 @@ def orphans(folder: Path) -> list[Orphan]:
 
 def discard(file: Path) -> None:
     """Remove a journal."""
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", "-journal"):
         with contextlib.suppress(OSError):
             Path(f"{file}{suffix}").unlink()
     with contextlib.suppress(OSError):

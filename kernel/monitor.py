@@ -10,15 +10,16 @@ import math
 class Rate:
     """Events per second, weighted by exp(-age / window); exact for a steady flow from the first second on."""
 
-    __slots__ = ("_at_s", "_born_s", "_sum", "window_s")
+    __slots__ = ("_at_s", "_born_s", "_sum", "total", "window_s")
 
     def __init__(self, window_s: float, now_s: float) -> None:
         self.window_s = window_s
-        self._sum = 0.0
+        self._sum = self.total = 0.0
         self._at_s = self._born_s = now_s
 
     def count(self, amount: float, now_s: float) -> None:
         self._sum = self._sum * math.exp((self._at_s - now_s) / self.window_s) + amount
+        self.total += amount
         self._at_s = now_s
 
     def per_s(self, now_s: float) -> float:

@@ -259,7 +259,6 @@ class Process:
     waits_for: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    inherited_tokens: int = 0  # of those, what it had said when it was loaded, resumed or forked
     shared_tokens: int = 0
     device_s: float = 0.0
     share_due: float = 0.0

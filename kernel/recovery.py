@@ -73,7 +73,6 @@ class Recovery:
     def _fill(process: Process, saved: "Checkpoint") -> None:
         """Give a fresh row the progress that was saved. With the table's lock held."""
         process.prompt_tokens, process.output_tokens = saved.prompt_tokens, saved.output_tokens
-        process.inherited_tokens = saved.output_tokens
         process.turns, process.hung_up = list(saved.turns) or None, saved.hung_up
         replies = dict(saved.replies)
         while process.item in replies:

@@ -14,7 +14,8 @@ from kernel.snapshot import BY_HAND, DeviceView, ModelView, ProcessView
 def process_view(process: Process, model: Model | None, now_s: float) -> ProcessView:
     ended_s = now_s if process.ended_s is None else process.ended_s
     elapsed_s = ended_s - process.started_s
-    average = (process.output_tokens - process.inherited_tokens) / elapsed_s if elapsed_s > 0 else 0.0
+    said = process.rate.total if process.rate else 0.0  # what it was loaded or forked with is not its own
+    average = said / elapsed_s if elapsed_s > 0 else 0.0
     engine = model.host.info if model and model.host else None
     told = process.is_chat or not process.alive  # one bad line of many is told at the end
     error = process.error if told else None
