@@ -14,6 +14,7 @@ Not here: the amounts (memory), how a model is opened and closed (residency, loa
 import math
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -183,8 +184,10 @@ class Admission:
             finally:
                 self._settling = False
             if self.line and self._watch is None and self.kernel.parts.threaded:
-                self._watch = threading.Thread(target=self._look_after, name="admission", daemon=True)
-                self._watch.start()
+                watch = threading.Thread(target=self._look_after, name="admission", daemon=True)
+                with suppress(RuntimeError):  # no more threads: whoever settles next tries again
+                    watch.start()
+                    self._watch = watch
 
     def _pass(self) -> None:
         self._blocked, self._claimant = {}, None
@@ -360,6 +363,7 @@ class Admission:
 
     def _check_model(self, model: Model) -> None:
         held = self.ledger.held(model.name)
+        assert model.state in (*RESIDENT, ModelState.EVICTING) or not len(model.queue), model.name
         if model.state in (ModelState.LOADED, ModelState.EVICTING) and model.host is not None:
             assert held == {model.device.pool: model.measured_sizes()}, (model.name, held)
         elif model.state is ModelState.LOADING:

@@ -46,6 +46,9 @@ class Lifecycle(Protocol):
     def touched(self, process: Process) -> None:
         """A process has new tokens or a new reply."""
 
+    def rests(self, process: Process) -> None:
+        """A process has nothing to run, for now."""
+
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone; its threads have been taken off their seats."""
 
@@ -520,8 +523,7 @@ class Dispatcher:
         self.scheduler.sleep(thread, model)
         if thread.process.state is not State.STOPPED:  # its reply was cut while it was stopped
             thread.process.state = State.SLEEPING
-        self.life.touched(thread.process)
-        self.table.changed.notify_all()
+        self.life.rests(thread.process)
 
     def take_turn(self, model: Model, thread: Thread) -> None:
         """A chat's user has spoken, or its reply is cut short: go on. On the dispatcher's thread."""

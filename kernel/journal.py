@@ -7,7 +7,7 @@ journal survives the death of LLMOS at any instant, and a power failure up to th
 A process leaves the journal when it is reaped, not when it ends: until then its output may not have
 reached its file. At a clean end the file is removed. One whose lock is free belongs to an LLMOS that died.
 Lock: `_changed` guards the set of changed processes; it is a leaf.
-Not here: how a process goes on from its state (kernel.restore).
+Not here: how a process goes on from its state (recovery).
 """
 
 import contextlib
@@ -275,13 +275,18 @@ def _is_empty(file: Path) -> bool:
         return False
 
 
-def read(file: Path) -> list[Orphan]:
-    """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
+def read(file: Path, failed: Callable[[str], None]) -> list[Orphan]:
+    """The processes in a dead LLMOS's journal. A damaged file yields what can be; `failed` hears of the rest."""
     found = []
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file)) as database:
-        for row in database.execute(_PROCESSES).fetchall():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                found.append(_orphan(file, database, *row))
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            for row in database.execute(_PROCESSES).fetchall():
+                try:
+                    found.append(_orphan(file, database, *row))
+                except (ValueError, TypeError, KeyError) as error:
+                    failed(f"process {row[0]} in {file} cannot be read: {error!r}")
+    except sqlite3.Error as error:
+        failed(f"{file} cannot be read: {error}")
     return found
 
 
@@ -359,14 +364,14 @@ def _taken_out(process: Orphan) -> Iterator[None]:
             discard(process.file)
 
 
-def orphans(folder: Path) -> list[Orphan]:
-    """All that dead LLMOSes have left.
+def orphans(folder: Path, failed: Callable[[str], None]) -> list[Orphan]:
+    """All that dead LLMOSes have left; `failed` hears of what cannot be read.
 
     One that was killed between writing what it resumes into its own journal and taking it out of the older
     one leaves it in both: then the newer counts, and the older goes.
     """
     sweep(folder)
-    found = [orphan for file in dead_journals(folder) for orphan in read(file)]
+    found = [orphan for file in dead_journals(folder) for orphan in read(file, failed)]
     taken = {orphan.origin for orphan in found}
     for orphan in found:
         if orphan.uid in taken:

@@ -278,8 +278,7 @@ class Kernel:
             dispatcher.scheduler.sleep(thread, model)
         process.state = State.STOPPED
         dispatcher.interrupt()
-        self._changed(process)
-        self.admission.settle_soon()  # its model may have nothing to run now
+        self.rests(process)
 
     def _continue(self, process: Process) -> None:
         if process.state is State.STOPPED:
@@ -341,7 +340,7 @@ class Kernel:
                 for thread in process.threads:
                     dispatcher.scheduler.sleep(thread, model)
                 process.state = State.SWAPPED
-            self._changed(process)
+            self.rests(process)
             threads = process.threads
 
         def move() -> None:
@@ -435,6 +434,11 @@ class Kernel:
         process.stdout.close()
         self._changed(process)
         self.admission.left(process)
+
+    def rests(self, process: Process) -> None:
+        """It has nothing to run, for now. With the table's lock held."""
+        self._changed(process)
+        self.admission.settle_soon()  # nor has its model, perhaps: then it can make room
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone. With the table's lock held."""

@@ -98,14 +98,15 @@ class Recovery:
 
         try:
             if self.journal is None:
-                self.journal = Journal(
-                    folder, self.kernel.table.lock, lambda text: self.kernel.log("error", "journal", text)
-                )
+                self.journal = Journal(folder, self.kernel.table.lock, self._journal_ails)
         except (OSError, sqlite3.Error, RuntimeError) as error:
             self._journal_failed = True
             self.kernel.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
             return
         self.journal.spawned(process, model.info.path, uid)
+
+    def _journal_ails(self, text: str) -> None:
+        self.kernel.log("error", "journal", text)
 
     def orphans(self) -> "tuple[Orphan, ...]":
         if self.kernel.parts.journal is None or not os.access(self.kernel.parts.journal, os.R_OK | os.X_OK):
@@ -113,7 +114,7 @@ class Recovery:
         from kernel import journal
 
         try:
-            return tuple(journal.orphans(self.kernel.parts.journal))
+            return tuple(journal.orphans(self.kernel.parts.journal, self._journal_ails))
         except MemoryError:
             raise AdmissionRefused("not enough memory to read what an earlier LLMOS has left") from None
 

@@ -303,6 +303,10 @@ class Residency:
             model.seats, model.draining, model.to_close = [], {}, []
             freed = self.kernel.ledger.release(model.device.pool, model.name)
             model.state, model.progress, model.wanted = ModelState.WAITING, 0.0, False
+            for process in {thread.process: None for thread in model.queue}:  # chats, spoken to meanwhile
+                for thread in process.threads:
+                    dispatcher.scheduler.sleep(thread, model)
+                self.kernel.admission.enter(process)
             self.kernel.admission.forget(model)
             self.kernel.publish("model", name=model.name, state="waiting" if model.users else "disk")
             self.kernel.admission.settle()

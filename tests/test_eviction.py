@@ -542,3 +542,48 @@ def test_what_is_swapped_out_and_what_is_declared_are_booked_apart() -> None:
     sim.system.swap_in(pid)
     finish(sim)
     assert sim.output(pid) == alone(300) and sim.kernel.ledger.held(f"process {pid}") == {}
+
+
+@pytest.mark.parametrize("spoken", [0, 5])
+def test_a_chat_that_falls_asleep_makes_room_at_once(spoken: int) -> None:
+    """Nobody looks after the line here: what it says last lets the other in.
+
+    If it has not begun (0), its model counts as idle and goes first; then it waits, and speaks after.
+    """
+    sim = machine(1)
+    chat = sim.system.spawn(ProcessSpec("a", ("hello",), program="chat", max_tokens=20))
+    sim.run_until(spoken)
+    other = run(sim, "b")
+    sim.kernel.pump()
+    assert sim.system.process(chat).state == "SLEEPING" and sim.system.process(chat).items_done == 1
+    assert sim.system.process(other).exit_code == 0
+    sim.kernel.check_integrity()
+
+
+def test_a_load_that_gets_no_thread_is_refused_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = DeviceInfo("sim0", "sim", "simulated", EACH)
+    driver = SimDriver([device], sleep=lambda _: None, models={"a.sim": ONE})
+    start = threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if thread.name.startswith("load"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    kernel = Kernel(Parts(RealClock(), {".sim": driver}, SimCatalog("a")))
+    system = Syscalls(kernel)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails)
+            ended = system.wait(system.spawn(ProcessSpec("a", ("go on",))), 10)
+            system.load("a")
+            with pytest.raises(AdmissionRefused, match="can't start new thread"):
+                system.wait_load("a")
+        assert ended and ended.exit_code == 75 and "new thread" in ended.error
+        kernel.check_integrity()
+        assert not any(pool.claims for pool in system.snapshot().pools if pool.name == "sim0")
+        again = system.wait(system.spawn(ProcessSpec("a", ("go on",), max_tokens=5)), 10)
+        assert again and again.exit_code == 0
+        kernel.check_integrity()
+    finally:
+        system.shutdown()

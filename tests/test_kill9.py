@@ -95,7 +95,7 @@ class Campaign:
         return False
 
     def orphans(self) -> list[journal.Orphan]:
-        return journal.orphans(self.journals)
+        return journal.orphans(self.journals, pytest.fail)
 
     def check_killed(self, workers: list[psutil.Process]) -> None:
         """What is on the disk is a beginning of what it should be; no worker is left behind."""
