@@ -276,7 +276,7 @@ def _is_empty(file: Path) -> bool:
 
 
 def read(file: Path, failed: Callable[[str], None]) -> list[Orphan]:
-    """The processes in a dead LLMOS's journal. A damaged file yields what can be; `failed` hears of the rest."""
+    """The processes in a dead LLMOS's journal. A damaged file yields what can be read."""
     found = []
     try:
         with contextlib.closing(sqlite3.connect(file)) as database:

@@ -20,9 +20,9 @@ from kernel.errors import (
     WorkerDied,
 )
 from kernel.loader import Loader
-from kernel.memory import human_bytes
 from kernel.models import CatalogEntry, Model, ModelState, Usage
 from kernel.process import State
+from kernel.units import human_bytes
 
 if TYPE_CHECKING:
     from kernel.kernel import Kernel

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
 from kernel.snapshot import BY_HAND, ProcessView
 from kernel.syscall import Signal, Syscalls
-from shell.render import format_bytes, format_duration
+from kernel.units import short_bytes, short_time
 from shell.terminal import Output, cell_width, encode, fit, one_line
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def send(shell: Shell, job: Job, number: Signal) -> bool:
 def stopped(shell: Shell, job: Job) -> int:
     shell.jobs.touch(job)
     view = shell.system.process(job.pid)
-    kept = f"  (pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept)"
+    kept = f"  (pid {job.pid}, KV {short_bytes(view.kv_bytes)} kept)"
     shell.note(labelled(shell.err, f"[{job.number}]{shell.jobs.mark(job)} Stopped  ", job, kept))
     return _STOPPED
 
@@ -326,7 +326,7 @@ def conclude(shell: Shell, job: Job) -> int:
 
 
 def _tell_end(shell: Shell, job: Job, head: str, view: ProcessView, status: int) -> None:
-    facts = f"   {format_duration(view.elapsed_s)} · {view.output_tokens} tok · rc {status}"
+    facts = f"   {short_time(view.elapsed_s)} · {view.output_tokens} tok · rc {status}"
     shell.note(labelled(shell.err, head + ("Done  " if status == 0 else "Ended  "), job, facts))
 
 

@@ -76,7 +76,7 @@ def test_an_idle_model_makes_room_and_a_pinned_one_does_not() -> None:
     assert [m.pinned for m in sim.system.models() if m.name == "a"] == [True]
     sim.system.pin("c")
     with pytest.raises(
-        AdmissionRefused, match=r"d needs 405.0 MiB on sim0, 405.0 MiB more than is free"
+        AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free"
     ) as e:
         sim.system.load("d")
     assert "held by" in e.value.hint and "--wait" in e.value.hint and states(sim)["d"] == "disk"
@@ -148,7 +148,7 @@ def test_a_process_of_a_third_model_waits_for_what_runs_and_then_gets_its_place(
     sim.run_until(50)
     c = run(sim, "c")
     assert states(sim)["c"] == "waiting"
-    assert sim.system.process(c).waits_for == "405.0 MiB on sim0 for c"
+    assert sim.system.process(c).waits_for == "405 MiB on sim0 for c"
     assert "It is the next." in " ".join(sim.system.why(c))
     while sim.system.process(a).exit_code is None:
         assert sim.system.process(c).state == "NEW"
@@ -519,7 +519,7 @@ def test_a_chat_whose_model_was_evicted_while_it_slept_goes_on_when_its_user_spe
         sim.system.say(pid, "three")
         sim.system.say(pid, "four")
         if between:
-            assert sim.system.process(pid).waits_for == "405.0 MiB on sim0 for a"
+            assert sim.system.process(pid).waits_for == "405 MiB on sim0 for a"
             assert sim.system.process(other).exit_code is None
         finish(sim)
         sim.system.hang_up(pid)

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from kernel.errors import KernelFault
 from kernel.syscall import Signal
+from kernel.units import human_bytes
 from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
 from shell.registry import Arguments, CommandSpec
-from shell.render import Column, format_size, write_table
+from shell.render import Column, write_table
 from shell.session import Shell
 
 SIZES = (1024, 4096, 16_384)
@@ -199,7 +200,7 @@ _COLUMNS: list[Column[Row]] = [
     Column("RATIO", lambda row: row.prefill_per_swap.text(1), right=True, keep=85),
     Column("SAVE", lambda row: _ms(row.save_s), right=True, keep=70),
     Column("OF DISK SPEED", lambda row: row.raw_write_per_save.text(2), right=True, keep=60),
-    Column("FILE", lambda row: format_size(row.file_bytes), right=True, keep=50),
+    Column("FILE", lambda row: human_bytes(row.file_bytes), right=True, keep=50),
 ]
 
 SPEC = CommandSpec(

@@ -6,11 +6,11 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import ProcessSpec, Sampling
+from kernel.units import human_bytes
 from shell.commands.targets import pid_of
 from shell.files import open_file
 from shell.jobs import sink_of, start
 from shell.registry import Arguments, CommandSpec
-from shell.render import format_size
 from shell.session import Shell
 
 _INPUT_MAX_BYTES = 256 << 20
@@ -191,7 +191,7 @@ def _read(file: BinaryIO, name: str) -> str:
         raise LlmosError(f"{name}: {error.strerror}") from error
     if len(content) > _INPUT_MAX_BYTES:
         hint = "all of the input is read before the first answer: `split` it"
-        raise LlmosError(f"{name}: more than {format_size(_INPUT_MAX_BYTES)}", hint)
+        raise LlmosError(f"{name}: more than {human_bytes(_INPUT_MAX_BYTES)}", hint)
     return content.decode("utf-8", "surrogateescape")
 
 
