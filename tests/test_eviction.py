@@ -75,9 +75,7 @@ def test_an_idle_model_makes_room_and_a_pinned_one_does_not() -> None:
     assert loaded(sim) == "ac"
     assert [m.pinned for m in sim.system.models() if m.name == "a"] == [True]
     sim.system.pin("c")
-    with pytest.raises(
-        AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free"
-    ) as e:
+    with pytest.raises(AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free") as e:
         sim.system.load("d")
     assert "held by" in e.value.hint and "--wait" in e.value.hint and states(sim)["d"] == "disk"
     sim.system.pin("a", False)

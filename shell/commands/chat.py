@@ -9,9 +9,10 @@ from contextlib import suppress
 from kernel.errors import NotPermitted, UsageError
 from kernel.syscall import ProcessSpec
 from shell.commands.run import content_of, reply_arguments, sampling_of, say_waiting, waits
-from shell.jobs import can_talk, sink_of, start
+from shell.jobs import can_talk, start
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
+from shell.sink import sink_of
 
 
 def _arguments(parser: Arguments) -> None:

@@ -19,10 +19,11 @@ from kernel.syscall import EngineOptions, ModelInfo
 from kernel.units import human_bytes, short_bytes, short_time
 from shell.commands.run import add_wait, tokens, waits
 from shell.commands.store import fit_of, sizes_of
-from shell.jobs import sink_of, start
+from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
 from shell.render import Column, bar, short_count, to_json, write_table
 from shell.session import Shell
+from shell.sink import sink_of
 
 _POLL_S = 0.1
 _CHECKPOINT = b"LLMOSCKP"

@@ -9,9 +9,10 @@ from kernel.syscall import ProcessSpec, Sampling
 from kernel.units import human_bytes
 from shell.commands.targets import pid_of
 from shell.files import open_file
-from shell.jobs import sink_of, start
+from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
+from shell.sink import sink_of
 
 _INPUT_MAX_BYTES = 256 << 20
 _THREADS_MAX = 16  # at once, where nobody says how many
