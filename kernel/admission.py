@@ -165,8 +165,7 @@ class Admission:
         if self.kernel.parts.threaded:
             self.settle()
         elif self.line:
-            device = next(iter(self.line)).model.device
-            self.kernel.dispatchers[device.name].submit(self.settle)
+            self.kernel.dispatcher_of(next(iter(self.line)).model).submit(self.settle)
 
     # The line
 

@@ -195,7 +195,7 @@ class Recovery:
 
     def _twin(self, parent: Process, model: Model, spec: ProcessSpec) -> Process:
         """On the dispatcher's thread, so that tokens and KV agree: a row like another's."""
-        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatchers[model.device.name]
+        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatcher_of(model)
         sources = self._at_work(parent)
         with self.kernel.table.lock:
             self.kernel.table.alive(parent.pid)
@@ -203,7 +203,7 @@ class Recovery:
             self._fill(process, taken)
         try:
             for source, thread in zip(sources, process.threads, strict=False):
-                dispatcher.copy(model, source, thread)
+                dispatcher.seats.copy(model, source, thread)
         except Exception:  # no memory, say: it never was
             with self.kernel.table.lock:
                 self.kernel.ended(process, KernelFault.exit_code)
@@ -227,7 +227,7 @@ class Recovery:
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
         from kernel import checkpoint
 
-        self.kernel.dispatchers[model.device.name].drain()
+        self.kernel.dispatcher_of(model).drain()
         digest = checkpoint.model_digest(model.info.path)
         states = [(each, self._kv(model, each) if kv else None) for each in self._at_work(process)]
         with self.kernel.table.lock:

@@ -181,7 +181,7 @@ class Residency:
         self.kernel.publish("model", name=model.name, state=model.state.value)
 
     def _attach(self, model: Model, host: EngineHost) -> None:
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         model.host, model.state, model.error, model.progress = host, ModelState.LOADED, None, 1.0
         self.kernel.ledger.correct(model.device.pool, model.name, model.measured_sizes())
         model.seats, model.opened_s = [None] * host.info.sequences, self.kernel.clock.now_s()
@@ -213,7 +213,7 @@ class Residency:
         if model.state is ModelState.EVICTING:  # it was to go anyway
             return
         model.state, model.error = ModelState.LOADING, error
-        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+        self.kernel.dispatcher_of(model).scheduler.refresh(model)
         try:
             self.loader.reload(model)
         except KernelFault as fault:
@@ -253,7 +253,7 @@ class Residency:
     def _close(self, model: Model) -> None:
         """From now on nothing runs on it, until it is opened again."""
         model.state = ModelState.EVICTING
-        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+        self.kernel.dispatcher_of(model).scheduler.refresh(model)
 
     def cancel(self, name: str) -> None:
         """Stop a load that is going on, or waits for its turn. Raises ModelNotFound."""
@@ -281,7 +281,7 @@ class Residency:
     def begin_eviction(self, model: Model) -> None:
         """Nothing runs on it: let its dispatcher close it. With the table's lock held."""
         self._close(model)
-        self.kernel.dispatchers[model.device.name].submit(lambda: self._evict_or_say(model))
+        self.kernel.dispatcher_of(model).submit(lambda: self._evict_or_say(model))
         self.kernel.publish("model", name=model.name, state=model.state.value)
 
     def _evict_or_say(self, model: Model) -> None:
@@ -290,10 +290,10 @@ class Residency:
 
     def _evict(self, model: Model) -> int:
         """On the dispatcher's thread. What stopped processes have on their seats goes to RAM with them."""
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         for thread in [t for t in model.seats if t is not None]:
             try:
-                dispatcher.swap_out(model, thread)
+                dispatcher.seats.swap_out(model, thread)
             except LlmosError as error:  # it will be computed again
                 self.kernel.log("warn", model.name, f"KV is lost: {error.message}")
                 with self.kernel.table.lock:
@@ -313,7 +313,7 @@ class Residency:
         return freed
 
     def _detach(self, model: Model) -> None:
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         dispatcher.drain()
         with self.kernel.table.lock:
             if model in dispatcher.models:

@@ -229,7 +229,7 @@ class Syscalls:
             record.wanted = True
             kernel.admission.load(record, wait=wait)
         if not kernel.parts.threaded:
-            kernel.dispatchers[record.device.name].serve_requests()
+            kernel.dispatcher_of(record).serve_requests()
         with self._table.lock:
             return record.view()
 
