@@ -88,19 +88,16 @@ class Admission:
 
     def check(self, spec: ProcessSpec, model: Model) -> None:
         """Raises AdmissionRefused: it can never be, or not now and it is not to wait."""
-        try:
-            self._check_possible(model, needs_of(spec))
-            if not spec.wait:
-                self._check_now(spec, model)
-        except AdmissionRefused:
-            self.forget(model)
-            raise
+        self._check_possible(model, needs_of(spec))
+        if not spec.wait:
+            self._check_now(spec, model)
 
     def _check_now(self, spec: ProcessSpec, model: Model) -> None:
         key, asks = (spec.nice, self._order), self._asks(model, needs_of(spec))
         ticket = self._ticket(model, None, waits=False)
         ahead, room = self._ahead_of(key, asks), self._room(self.ledger.short(asks), ticket)
         if ahead is not None or room is None or self._closed(model, key):
+            self.forget(model)
             raise self._refusal(model, asks, ahead, "the process")
 
     def enter(self, process: Process) -> None:
@@ -127,12 +124,8 @@ class Admission:
         """Open a model as soon as there is room. Raises AdmissionRefused; then its record is gone."""
         if model.state is not ModelState.WAITING:
             return
+        self._check_possible(model, {})
         asks = self._asks(model, {})
-        try:
-            self._check_possible(model, {})
-        except AdmissionRefused:
-            self.forget(model)
-            raise
         ticket = self._ticket(model, None, waits=wait)
         ahead = self._ahead_of(ticket.key, asks)
         self.line[ticket] = None
@@ -309,17 +302,15 @@ class Admission:
         """The first ones that hold so many bytes, without those that are not needed for it."""
         chosen: list[Model] = []
         for model in models:
-            if missing <= sum(m.held_bytes() for m in chosen):
+            if missing <= 0:
                 break
             chosen.append(model)
-        surplus = sum(m.held_bytes() for m in chosen) - missing
-        if surplus < 0:
-            return None
+            missing -= model.held_bytes()
         for model in list(chosen):
-            if model.held_bytes() <= surplus:
-                surplus -= model.held_bytes()
+            if missing + model.held_bytes() <= 0:
+                missing += model.held_bytes()
                 chosen.remove(model)
-        return chosen
+        return None if missing > 0 else chosen
 
     def _on(self, pool: str) -> Iterable[Model]:
         return (m for m in self.kernel.models.values() if m.device.pool == pool)
@@ -401,9 +392,13 @@ class Admission:
         """The model's bytes count even if it is open: what can never be beside its own model can never be."""
         pool, asks = model.device.pool, dict(needs)
         bytes_needed = model.held_bytes() or model.estimate.total_bytes
-        self.ledger.check_possible({pool: bytes_needed}, model.name)
-        asks[pool] = asks.get(pool, 0) + bytes_needed
-        self.ledger.check_possible(asks, "the process")
+        try:
+            self.ledger.check_possible({pool: bytes_needed}, model.name)
+            asks[pool] = asks.get(pool, 0) + bytes_needed
+            self.ledger.check_possible(asks, "the process")
+        except AdmissionRefused:
+            self.forget(model)
+            raise
 
     def _ahead_of(self, key: tuple[int, int], asks: Asks) -> tuple[int, int] | None:
         """The first in the line who waits for some of the same, and comes before."""

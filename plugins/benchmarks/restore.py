@@ -84,7 +84,7 @@ class Bench:
         save_s = time.monotonic() - begin_s
         raw_write_s = self._write_raw()
         swap_out_s, swap_in_s = self._swap(pid)
-        self._end(pid)
+        self.machine.end([pid])
         return Sample(
             view.first_token_s, save_s, self._restore(), swap_out_s, swap_in_s, raw_write_s, file_bytes
         )
@@ -106,7 +106,7 @@ class Bench:
         self._wait_tokens(pid, drawn + 1)
         view = self.system.process(pid)
         assert view.first_token_s is not None
-        self._end(pid)
+        self.machine.end([pid])
         return view.started_s - begin_s + view.first_token_s
 
     def _write_raw(self) -> float:
@@ -124,10 +124,6 @@ class Bench:
             if view.exit_code is not None or time.monotonic() > deadline_s:
                 raise KernelFault(f"a process says nothing: {view.error or view.waits_for}")
             time.sleep(0.0005)
-
-    def _end(self, pid: int) -> None:
-        self.system.signal(pid, Signal.KILL)
-        self.system.reap(pid)
 
 
 def measure(path: Path, sizes: Sequence[int], repeat: int, tell: Tell) -> list[Row]:
