@@ -15,8 +15,9 @@ from kernel.process import Process, ProcessSpec, Signal, Thread, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
-    from kernel.journal import Journal, Orphan
+    from kernel.journal import Journal
     from kernel.kernel import Kernel
+    from kernel.orphans import Orphan
 
 
 class Recovery:
@@ -111,19 +112,19 @@ class Recovery:
     def orphans(self) -> "tuple[Orphan, ...]":
         if self.kernel.parts.journal is None or not os.access(self.kernel.parts.journal, os.R_OK | os.X_OK):
             return ()
-        from kernel import journal
+        from kernel import orphans
 
         try:
-            return tuple(journal.orphans(self.kernel.parts.journal, self._journal_ails))
+            return tuple(orphans.find(self.kernel.parts.journal, self._journal_ails))
         except MemoryError:
             raise AdmissionRefused("not enough memory to read what an earlier LLMOS has left") from None
 
     def resume(self, orphan: "Orphan") -> Process:
-        from kernel import journal
+        from kernel import orphans
 
         process = None
         try:
-            with journal.claimed(orphan):
+            with orphans.claimed(orphan):
                 process = self.revive(
                     orphan.state,
                     f"process {orphan.pid} of an earlier LLMOS",
@@ -152,11 +153,10 @@ class Recovery:
             self.journal.freeze()
 
     def forget_orphans(self) -> None:
-        from kernel import journal
+        from kernel import orphans
 
         if self.kernel.parts.journal is not None:
-            for file in journal.dead_journals(self.kernel.parts.journal):
-                journal.discard(file)
+            orphans.forget(self.kernel.parts.journal)
 
     def save(self, pid: int, path: Path) -> int:
         from kernel import checkpoint

@@ -20,7 +20,7 @@ from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemV
 from kernel.views import device_view, disk_view, process_view
 
 if TYPE_CHECKING:
-    from kernel.journal import Orphan
+    from kernel.orphans import Orphan
 
 __all__ = [
     "EngineOptions",

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kernel import journal
+from kernel.orphans import read, sweep
 from kernel.process import ProcessSpec
 
 REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
@@ -92,7 +93,7 @@ def test_a_lock_without_a_journal_is_swept_unless_somebody_holds_it(tmp_path: Pa
         (tmp_path / f"{name}.lock").touch()
     with (tmp_path / "living.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        journal.sweep(tmp_path)
+        sweep(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["living.lock"]
 
 
@@ -103,7 +104,7 @@ def test_what_cannot_be_read_of_a_journal_is_told(tmp_path: Path) -> None:
         for pid, spec in ((2, json.dumps(asdict(ProcessSpec("m", ("go",))))), (3, "{}"), (4, "no JSON")):
             database.execute(journal._NEW_PROCESS, (pid, 0, spec, "digest", f"uid {pid}", ""))
         database.commit()
-    assert [orphan.pid for orphan in journal.read(file, told.append)] == [2]
+    assert [orphan.pid for orphan in read(file, told.append)] == [2]
     assert [line.split(" in ")[0] for line in told] == ["process 3", "process 4"]
     file.write_bytes(os.urandom(5000))
-    assert not journal.read(file, told.append) and "not a database" in told[-1]
+    assert not read(file, told.append) and "not a database" in told[-1]
