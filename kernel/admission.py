@@ -1,24 +1,21 @@
-"""Admission: who is let in, who waits, and which model makes room.
+"""Admission: who is let in, and who waits.
 
 A process is let in when what it declared is free and its model is open, or the bytes to open it are free.
 Who waits holds nothing, so no two can wait for one another. There is one line, by nice value and then
 arrival; one passes another only if it asks for nothing that the other asks for.
-A model with nothing to run is evicted when its memory is asked for: the one that costs least to reload, per
-byte and by how soon it is expected to be used again. While that is sooner than `patience` times its load, it
-counts as in use. What is in use goes on; but who has waited `patience` times what his own load costs gets the
-idle ones all the same, and those that are to make room take nobody new, so that they run dry.
 Owner: the kernel. Lock: the process table's, held by the caller of every method.
-Not here: the amounts (memory), how a model is opened and closed (residency, loader).
+Not here: the amounts (memory), which model makes room (eviction), how one is opened and closed (residency).
 """
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernel.errors import AdmissionRefused
+from kernel.eviction import Eviction
 from kernel.memory import Asks, Claim, Pool
 from kernel.models import Model, ModelState
 from kernel.process import Process, ProcessSpec, State
@@ -68,6 +65,7 @@ class Admission:
     def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
         self.ledger = kernel.ledger
+        self._eviction = Eviction(kernel)
         self.line: dict[Ticket, None] = {}
         self._of_pid: dict[int, Ticket] = {}
         self._blocked: dict[str, tuple[int, int]] = {}  # pool -> key of the first who waits for some of it
@@ -95,7 +93,7 @@ class Admission:
     def _check_now(self, spec: ProcessSpec, model: Model) -> None:
         key, asks = (spec.nice, self._order), self._asks(model, needs_of(spec))
         ticket = self._ticket(model, None, waits=False)
-        ahead, room = self._ahead_of(key, asks), self._room(self.ledger.short(asks), ticket)
+        ahead, room = self._ahead_of(key, asks), self._eviction.room(self.ledger.short(asks), ticket)
         if ahead is not None or room is None or self._closed(model, key):
             self.forget(model)
             raise self._refusal(model, asks, ahead, "the process")
@@ -241,79 +239,18 @@ class Admission:
 
     def _make_room(self, short: Asks, ticket: Ticket) -> None:
         """Evict idle models, if that is enough; no model goes for nothing."""
-        victims = self._room(short, ticket)
+        victims = self._eviction.room(short, ticket)
         ticket.room_coming = victims is not None
         for model in victims or ():
             self.kernel.residency.begin_eviction(model)
-
-    def _room(self, short: Asks, ticket: Ticket) -> list[Model] | None:
-        """The idle models whose memory would do, besides those that are going; None if they are too few."""
-        chosen: list[Model] = []
-        now_s = self.kernel.clock.now_s()
-        for pool, amount in short.items():
-            missing = amount - sum(m.held_bytes() for m in self._on(pool) if m.state is ModelState.EVICTING)
-            idle = [m for m in self._ranked(pool) if not len(m.queue) and m is not ticket.model]
-            if self._patience_spent(ticket) < 1.0:
-                idle = [m for m in idle if m.usage.next_use_s(now_s) > self._patience_s(m)]
-            victims = self._enough(idle, missing)
-            if victims is None:
-                return None
-            chosen += victims
-        return chosen
 
     def _closed(self, model: Model, key: tuple[int, int]) -> bool:
         """Whether a model takes nobody new: it is to run dry for one who has waited too long."""
         claimant = self._claimant
         if claimant is None or claimant.model is model or key < claimant.key or claimant not in self.line:
             return False
-        pool = claimant.model.device.pool
-        if model.device.pool != pool or model.state is not ModelState.LOADED:
-            return False
-        turns = min(self._patience_spent(claimant), self._had(model))
-        if turns < 1.0:
-            return False
-        ranked = self._ranked(pool)
-        short = self.ledger.short(self._asks(claimant.model, {})).get(pool, 0)
-        victims = self._enough(ranked, short) or ranked
-        more = [m for m in ranked if m not in victims][: int(turns) - 1]  # one may never run dry
-        return model in victims or model in more
-
-    def _patience_s(self, model: Model) -> float:
-        return max(self.kernel.config.patience * model.reload_s(), 1e-9)
-
-    def _patience_spent(self, ticket: Ticket) -> float:
-        """1 and more: it has waited too long."""
-        if not ticket.waits:
-            return math.inf
-        return (self.kernel.clock.now_s() - ticket.since_s) / self._patience_s(ticket.model)
-
-    def _had(self, model: Model) -> float:
-        """1 and more: it has been in memory long enough to have been worth its load."""
-        return (self.kernel.clock.now_s() - model.opened_s) / self._patience_s(model)
-
-    def _ranked(self, pool: str) -> list[Model]:
-        """Loaded models that may be evicted, the one to go first first."""
-        now_s = self.kernel.clock.now_s()
-        loaded = [m for m in self._on(pool) if m.state is ModelState.LOADED and not m.pinned]
-        return sorted(loaded, key=lambda m: m.keep_value(now_s))
-
-    @staticmethod
-    def _enough(models: list[Model], missing: int) -> list[Model] | None:
-        """The first ones that hold so many bytes, without those that are not needed for it."""
-        chosen: list[Model] = []
-        for model in models:
-            if missing <= 0:
-                break
-            chosen.append(model)
-            missing -= model.held_bytes()
-        for model in list(chosen):
-            if missing + model.held_bytes() <= 0:
-                missing += model.held_bytes()
-                chosen.remove(model)
-        return None if missing > 0 else chosen
-
-    def _on(self, pool: str) -> Iterable[Model]:
-        return (m for m in self.kernel.models.values() if m.device.pool == pool)
+        asks = self._asks(claimant.model, {})
+        return self._eviction.closes(model, claimant, self.ledger.short(asks))
 
     # Words and small parts
 
