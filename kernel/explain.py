@@ -25,8 +25,16 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
         return (_loading(process, model),)
     if all(thread.seat is None for thread in process.threads):
         return (_no_seat(model), *_share(process, model))
-    rate = process.rate.per_s(now_s) if process.rate else 0.0
-    return (f"It runs: {rate:.0f} output tokens/s now.", *_share(process, model), *_failures(process))
+    return (
+        f"It runs: {rate_of(process, now_s):.0f} output tokens/s now.",
+        *_share(process, model),
+        *_failures(process),
+    )
+
+
+def rate_of(process: Process, now_s: float) -> float:
+    """Output tokens per second."""
+    return process.rate.per_s(now_s) if process.rate else 0.0
 
 
 def held_out(process: Process, model: Model) -> bool:

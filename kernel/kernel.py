@@ -270,7 +270,8 @@ class Kernel:
             if signal is Signal.STOP:
                 self._stop(process)
             elif signal is Signal.CONT:
-                self._continue(process)
+                if process.state is State.STOPPED:
+                    self._resume(process)
             else:
                 self.ended(process, 128 + signal)
 
@@ -283,10 +284,6 @@ class Kernel:
         process.state = State.STOPPED
         dispatcher.interrupt()
         self.rests(process)
-
-    def _continue(self, process: Process) -> None:
-        if process.state is State.STOPPED:
-            self._resume(process)
 
     def _resume(self, process: Process) -> None:
         """Let it run, from wherever it is, as soon as it is admitted: its model may have gone meanwhile."""

@@ -1,8 +1,7 @@
 """Loading: opens a model's engine, off the dispatcher's thread, and opens it again when its worker died.
 
 Owner: the kernel. Lock: the process table's, never held while a driver loads.
-Not here: which file a name means (the catalog), when there is room (admission), what the processes do
-meanwhile (kernel).
+Not here: which file a name means (the catalog), when there is room (admission), what follows (residency).
 """
 
 import threading

@@ -585,3 +585,19 @@ def test_a_load_that_gets_no_thread_is_refused_and_leaves_nothing(monkeypatch: p
         kernel.check_integrity()
     finally:
         system.shutdown()
+
+
+def test_who_waits_beside_a_victim_that_never_runs_dry_gets_another_ones_place() -> None:
+    """a, the first to go, has a job for hours, and b is never idle: without a second victim c starves."""
+    sim = machine(models=dict.fromkeys("abc", replace(ONE, base_s=0.1)))
+    sim.system.spawn(ProcessSpec("a", ("go on",) * 1000, max_tokens=500, lines=True))
+    run(sim, "b", 50)
+    sim.run_until(20)
+    c = run(sim, "c", 5)
+    while sim.clock.now_s() < 40.0 and sim.system.process(c).exit_code is None:
+        busy = [p for p in sim.system.snapshot().processes if p.model == "b" and p.exit_code is None]
+        for _ in range(3 - len(busy)):
+            run(sim, "b", 50)
+        sim.dispatcher.advance()
+        sim.kernel.admission.settle()
+    assert sim.system.process(c).exit_code == 0
