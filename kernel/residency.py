@@ -79,8 +79,9 @@ class Residency:
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
-                    if entry.name in self.records:  # failed, or its load is being cancelled
-                        self._drop(self.records[entry.name])
+                    if (old := self.records.get(entry.name)) is not None:  # failed, or its load is cancelled
+                        self.fail_users(old, Interrupted(f"loading {old.name} was cancelled"))
+                        self._drop(old)
                     model = Model(
                         entry.name,
                         entry.description,
@@ -153,7 +154,7 @@ class Residency:
         """
         if not model.cancelled and model.state is ModelState.WAITING:
             model = self.records.setdefault(model.name, model)
-        if self.records.get(model.name) is not model:
+        if self.records.get(model.name) is not model or model.cancelled:
             raise NotPermitted(f"{model.name} was unloaded meanwhile")
         if model.state is ModelState.FAILED and model.error is not None:
             raise model.error
@@ -198,10 +199,10 @@ class Residency:
             self.worker_died(model, error)
             return
         self.kernel.log("error", model.name, error.message)
+        model.state, model.error = ModelState.FAILED, error
         if self.records.get(model.name) is model:  # not if a newer load has taken its place
             self.kernel.ledger.release(model.device.pool, model.name)
-        model.state, model.error = ModelState.FAILED, error
-        self.fail_users(model, error)
+            self.fail_users(model, error)
 
     def fail_users(self, model: Model, error: LlmosError) -> None:
         for process in self.kernel.table.users_of(model.name):
