@@ -1,23 +1,21 @@
-"""Admission: who is let in, who waits, and which model makes room.
+"""Admission: who is let in, and who waits.
 
 A process is let in when what it declared is free and its model is open, or the bytes to open it are free.
 Who waits holds nothing, so no two can wait for one another. There is one line, by nice value and then
 arrival; one passes another only if it asks for nothing that the other asks for.
-A model with nothing to run is evicted when its memory is asked for: the one that costs least to reload, per
-byte and by how soon it is expected to be used again. While that is sooner than `patience` times its load, it
-counts as in use. What is in use goes on; but who has waited `patience` times what his own load costs gets the
-idle ones all the same, and those that are to make room take nobody new, so that they run dry.
 Owner: the kernel. Lock: the process table's, held by the caller of every method.
-Not here: the amounts (memory), how a model is opened and closed (residency, loader).
+Not here: the amounts (memory), which model makes room (eviction), how one is opened and closed (residency).
 """
 
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kernel.errors import AdmissionRefused
+from kernel.eviction import Eviction
 from kernel.memory import Asks, Claim, Pool
 from kernel.models import Model, ModelState
 from kernel.process import Process, ProcessSpec, State
@@ -67,6 +65,7 @@ class Admission:
     def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
         self.ledger = kernel.ledger
+        self._eviction = Eviction(kernel)
         self.line: dict[Ticket, None] = {}
         self._of_pid: dict[int, Ticket] = {}
         self._blocked: dict[str, tuple[int, int]] = {}  # pool -> key of the first who waits for some of it
@@ -87,19 +86,16 @@ class Admission:
 
     def check(self, spec: ProcessSpec, model: Model) -> None:
         """Raises AdmissionRefused: it can never be, or not now and it is not to wait."""
-        try:
-            self._check_possible(model, needs_of(spec))
-            if not spec.wait:
-                self._check_now(spec, model)
-        except AdmissionRefused:
-            self.forget(model)
-            raise
+        self._check_possible(model, needs_of(spec))
+        if not spec.wait:
+            self._check_now(spec, model)
 
     def _check_now(self, spec: ProcessSpec, model: Model) -> None:
         key, asks = (spec.nice, self._order), self._asks(model, needs_of(spec))
         ticket = self._ticket(model, None, waits=False)
-        ahead, room = self._ahead_of(key, asks), self._room(self.ledger.short(asks), ticket)
+        ahead, room = self._ahead_of(key, asks), self._eviction.room(self.ledger.short(asks), ticket)
         if ahead is not None or room is None or self._closed(model, key):
+            self.forget(model)
             raise self._refusal(model, asks, ahead, "the process")
 
     def enter(self, process: Process) -> None:
@@ -126,12 +122,8 @@ class Admission:
         """Open a model as soon as there is room. Raises AdmissionRefused; then its record is gone."""
         if model.state is not ModelState.WAITING:
             return
+        self._check_possible(model, {})
         asks = self._asks(model, {})
-        try:
-            self._check_possible(model, {})
-        except AdmissionRefused:
-            self.forget(model)
-            raise
         ticket = self._ticket(model, None, waits=wait)
         ahead = self._ahead_of(ticket.key, asks)
         self.line[ticket] = None
@@ -164,8 +156,7 @@ class Admission:
         if self.kernel.parts.threaded:
             self.settle()
         elif self.line:
-            device = next(iter(self.line)).model.device
-            self.kernel.dispatchers[device.name].submit(self.settle)
+            self.kernel.dispatcher_of(next(iter(self.line)).model).submit(self.settle)
 
     # The line
 
@@ -183,8 +174,10 @@ class Admission:
             finally:
                 self._settling = False
             if self.line and self._watch is None and self.kernel.parts.threaded:
-                self._watch = threading.Thread(target=self._look_after, name="admission", daemon=True)
-                self._watch.start()
+                watch = threading.Thread(target=self._look_after, name="admission", daemon=True)
+                with suppress(RuntimeError):  # no more threads: whoever settles next tries again
+                    watch.start()
+                    self._watch = watch
 
     def _pass(self) -> None:
         self._blocked, self._claimant = {}, None
@@ -246,81 +239,18 @@ class Admission:
 
     def _make_room(self, short: Asks, ticket: Ticket) -> None:
         """Evict idle models, if that is enough; no model goes for nothing."""
-        victims = self._room(short, ticket)
+        victims = self._eviction.room(short, ticket)
         ticket.room_coming = victims is not None
         for model in victims or ():
             self.kernel.residency.begin_eviction(model)
-
-    def _room(self, short: Asks, ticket: Ticket) -> list[Model] | None:
-        """The idle models whose memory would do, besides those that are going; None if they are too few."""
-        chosen: list[Model] = []
-        now_s = self.kernel.clock.now_s()
-        for pool, amount in short.items():
-            missing = amount - sum(m.held_bytes() for m in self._on(pool) if m.state is ModelState.EVICTING)
-            idle = [m for m in self._ranked(pool) if not len(m.queue) and m is not ticket.model]
-            if self._patience_spent(ticket) < 1.0:
-                idle = [m for m in idle if m.usage.next_use_s(now_s) > self._patience_s(m)]
-            victims = self._enough(idle, missing)
-            if victims is None:
-                return None
-            chosen += victims
-        return chosen
 
     def _closed(self, model: Model, key: tuple[int, int]) -> bool:
         """Whether a model takes nobody new: it is to run dry for one who has waited too long."""
         claimant = self._claimant
         if claimant is None or claimant.model is model or key < claimant.key or claimant not in self.line:
             return False
-        pool = claimant.model.device.pool
-        if model.device.pool != pool or model.state is not ModelState.LOADED:
-            return False
-        turns = min(self._patience_spent(claimant), self._had(model))
-        if turns < 1.0:
-            return False
-        ranked = self._ranked(pool)
-        short = self.ledger.short(self._asks(claimant.model, {})).get(pool, 0)
-        victims = self._enough(ranked, short) or ranked
-        more = [m for m in ranked if m not in victims][: int(turns) - 1]  # one may never run dry
-        return model in victims or model in more
-
-    def _patience_s(self, model: Model) -> float:
-        return max(self.kernel.config.patience * model.reload_s(), 1e-9)
-
-    def _patience_spent(self, ticket: Ticket) -> float:
-        """1 and more: it has waited too long."""
-        if not ticket.waits:
-            return math.inf
-        return (self.kernel.clock.now_s() - ticket.since_s) / self._patience_s(ticket.model)
-
-    def _had(self, model: Model) -> float:
-        """1 and more: it has been in memory long enough to have been worth its load."""
-        return (self.kernel.clock.now_s() - model.opened_s) / self._patience_s(model)
-
-    def _ranked(self, pool: str) -> list[Model]:
-        """Loaded models that may be evicted, the one to go first first."""
-        now_s = self.kernel.clock.now_s()
-        loaded = [m for m in self._on(pool) if m.state is ModelState.LOADED and not m.pinned]
-        return sorted(loaded, key=lambda m: m.keep_value(now_s))
-
-    @staticmethod
-    def _enough(models: list[Model], missing: int) -> list[Model] | None:
-        """The first ones that hold so many bytes, without those that are not needed for it."""
-        chosen: list[Model] = []
-        for model in models:
-            if missing <= sum(m.held_bytes() for m in chosen):
-                break
-            chosen.append(model)
-        surplus = sum(m.held_bytes() for m in chosen) - missing
-        if surplus < 0:
-            return None
-        for model in list(chosen):
-            if model.held_bytes() <= surplus:
-                surplus -= model.held_bytes()
-                chosen.remove(model)
-        return chosen
-
-    def _on(self, pool: str) -> Iterable[Model]:
-        return (m for m in self.kernel.models.values() if m.device.pool == pool)
+        asks = self._asks(claimant.model, {})
+        return self._eviction.closes(model, claimant, self.ledger.short(asks))
 
     # Words and small parts
 
@@ -360,6 +290,7 @@ class Admission:
 
     def _check_model(self, model: Model) -> None:
         held = self.ledger.held(model.name)
+        assert model.state in (*RESIDENT, ModelState.EVICTING) or not len(model.queue), model.name
         if model.state in (ModelState.LOADED, ModelState.EVICTING) and model.host is not None:
             assert held == {model.device.pool: model.measured_sizes()}, (model.name, held)
         elif model.state is ModelState.LOADING:
@@ -398,9 +329,13 @@ class Admission:
         """The model's bytes count even if it is open: what can never be beside its own model can never be."""
         pool, asks = model.device.pool, dict(needs)
         bytes_needed = model.held_bytes() or model.estimate.total_bytes
-        self.ledger.check_possible({pool: bytes_needed}, model.name)
-        asks[pool] = asks.get(pool, 0) + bytes_needed
-        self.ledger.check_possible(asks, "the process")
+        try:
+            self.ledger.check_possible({pool: bytes_needed}, model.name)
+            asks[pool] = asks.get(pool, 0) + bytes_needed
+            self.ledger.check_possible(asks, "the process")
+        except AdmissionRefused:
+            self.forget(model)
+            raise
 
     def _ahead_of(self, key: tuple[int, int], asks: Asks) -> tuple[int, int] | None:
         """The first in the line who waits for some of the same, and comes before."""

@@ -37,8 +37,8 @@ class RealClock:
 class ManualClock:
     """Stands still until told to move."""
 
-    def __init__(self, start_s: float = 0.0) -> None:
-        self._now_s = start_s
+    def __init__(self) -> None:
+        self._now_s = 0.0
 
     def now_s(self) -> float:
         return self._now_s

@@ -24,9 +24,17 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
     if model is None or model.host is None:
         return (_loading(process, model),)
     if all(thread.seat is None for thread in process.threads):
-        return (_no_seat(process, model), *_share(process, model))
-    rate = process.rate.per_s(now_s) if process.rate else 0.0
-    return (f"It runs: {rate:.0f} output tokens/s now.", *_share(process, model), *_failures(process))
+        return (_no_seat(model), *_share(process, model))
+    return (
+        f"It runs: {rate_of(process, now_s):.0f} output tokens/s now.",
+        *_share(process, model),
+        *_failures(process),
+    )
+
+
+def rate_of(process: Process, now_s: float) -> float:
+    """Output tokens per second."""
+    return process.rate.per_s(now_s) if process.rate else 0.0
 
 
 def held_out(process: Process, model: Model) -> bool:
@@ -52,8 +60,8 @@ def _loading(process: Process, model: Model | None) -> str:
     return f"It waits for {model.name} to load{died} ({model.progress:.0%} done)."
 
 
-def _no_seat(process: Process, model: Model) -> str:
-    waiting = model.users - sum(1 for seat in model.seats if seat is not None)
+def _no_seat(model: Model) -> str:
+    waiting = model.users - sum(seat is not None for seat in model.seats)
     return (
         f"It waits for one of the {len(model.seats)} seats of {model.name}; {waiting} processes wait, and "
         "the one with the earliest deadline is next: `renice` moves it up."

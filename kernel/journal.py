@@ -7,7 +7,7 @@ journal survives the death of LLMOS at any instant, and a power failure up to th
 A process leaves the journal when it is reaped, not when it ends: until then its output may not have
 reached its file. At a clean end the file is removed. One whose lock is free belongs to an LLMOS that died.
 Lock: `_changed` guards the set of changed processes; it is a leaf.
-Not here: how a process goes on from its state (kernel.restore).
+Not here: what dead LLMOSes have left (orphans), how a process goes on from its state (recovery).
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kernel.checkpoint import Checkpoint, SavedThread, check, model_digest
-from kernel.errors import LlmosError, NotPermitted
-from kernel.process import Process, Thread, spec_from
+from kernel.checkpoint import model_digest
+from kernel.errors import LlmosError
+from kernel.process import Process, Thread
 
 GROUP_COMMIT_S = 0.1
 
-_TABLES = ("process", "turn", "reply", "progress")
+TABLES = ("process", "turn", "reply", "progress")
 _NEW_PROCESS = "INSERT INTO process VALUES (?, ?, ?, ?, NULL, 0, 0, 0, ?, ?)"
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
@@ -41,19 +41,6 @@ CREATE TABLE IF NOT EXISTS progress (
     pid INTEGER, thread INTEGER, item INTEGER, begun INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
     PRIMARY KEY (pid, thread));
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """A process that its LLMOS had not reaped when it died."""
-
-    file: Path  # the journal it is in
-    pid: int  # it had; it will get a new one
-    nice: int
-    exit_code: int | None  # it had ended, but perhaps not all of its output had been written
-    uid: str  # no other process of any LLMOS has it
-    origin: str  # the uid of the one that it goes on with, if it was resumed
-    state: Checkpoint  # without KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +199,7 @@ class Journal:
         run("BEGIN")
         for row in rows:
             if row.reaped:
-                for table in _TABLES:
+                for table in TABLES:
                     run(f"DELETE FROM {table} WHERE pid = ?", (row.pid,))
                 continue
             if row.pid in self._specs:
@@ -240,139 +227,6 @@ _UPDATE = (
 def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
     tokens = array("i", thread.tokens).tobytes()
     return thread.index, thread.item, thread.begun, thread.prompt_length, tokens, thread.reply
-
-
-def dead_journals(folder: Path) -> list[Path]:
-    """Files whose LLMOS has died, oldest first."""
-    try:
-        files = sorted(folder.glob("*.db"), key=_age)
-    except OSError:
-        return []
-    return [file for file in files if _is_dead(file)]
-
-
-def sweep(folder: Path) -> None:
-    """Remove journals with nothing in them: killed before its first process, or after its last."""
-    for file in dead_journals(folder):
-        with _locked(file) as free:
-            if free and _is_empty(file):
-                discard(file)
-    with contextlib.suppress(OSError):
-        for lock in folder.glob("*.lock"):  # killed between making, or removing, the one file and the other
-            file = lock.with_suffix(".db")
-            with _locked(file) as free:
-                if free and not file.exists():
-                    discard(file)
-
-
-def _is_empty(file: Path) -> bool:
-    """Not of a damaged one: something may yet be rescued from it."""
-    try:
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            made = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'process'").fetchone()
-            return not made or not database.execute("SELECT 1 FROM process").fetchone()
-    except sqlite3.Error:
-        return False
-
-
-def read(file: Path) -> list[Orphan]:
-    """The processes in a dead LLMOS's journal. A damaged file yields what can be read of it."""
-    found = []
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file)) as database:
-        for row in database.execute(_PROCESSES).fetchall():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                found.append(_orphan(file, database, *row))
-    return found
-
-
-_PROCESSES = (
-    "SELECT pid, nice, exit_code, uid, origin, spec, digest, prompt_tokens, output_tokens, hung_up"
-    " FROM process ORDER BY pid"
-)
-_TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
-_PROGRESS = "SELECT item, begun, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
-
-
-def _orphan(
-    file: Path,
-    database: sqlite3.Connection,
-    pid: int,
-    nice: int,
-    exit_code: int | None,
-    uid: str,
-    origin: str,
-    spec: str,
-    digest: str,
-    prompt_tokens: int,
-    output_tokens: int,
-    hung_up: int,
-) -> Orphan:
-    replies = database.execute("SELECT item, text FROM reply WHERE pid = ? ORDER BY item", (pid,))
-    finished = {item: _text(reply) for item, reply in replies}
-    state = Checkpoint(
-        spec=spec_from(json.loads(spec)),
-        model_digest=digest,
-        replies=finished,
-        threads=tuple(
-            SavedThread(item, bool(begun), prompt_length, tuple(array("i", tokens)), _text(text))
-            for item, begun, prompt_length, tokens, text in database.execute(_PROGRESS, (pid,))
-            if item not in finished
-        ),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        turns=tuple(_text(text) for (text,) in database.execute(_TURNS, (pid,))),
-        hung_up=bool(hung_up),
-    )
-    check(state)
-    return Orphan(file, pid, nice, exit_code, uid, origin, state)
-
-
-@contextlib.contextmanager
-def claimed(process: Orphan) -> Iterator[None]:
-    """Hold a dead LLMOS's process while it is revived; then it leaves its journal.
-
-    Raises NotPermitted if somebody else has taken it, LlmosError if it cannot be taken out.
-    """
-    try:
-        with _taken_out(process):
-            yield
-    except (OSError, sqlite3.Error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise LlmosError(f"cannot take process {process.pid} out of {process.file}: {why}") from error
-
-
-@contextlib.contextmanager
-def _taken_out(process: Orphan) -> Iterator[None]:
-    taken = NotPermitted(f"process {process.pid} of an earlier LLMOS is being continued elsewhere")
-    with _locked(process.file) as free:
-        if not free:
-            raise taken
-        with contextlib.closing(sqlite3.connect(process.file)) as database:
-            if not database.execute("SELECT 1 FROM process WHERE pid = ?", (process.pid,)).fetchone():
-                raise taken
-            yield
-            for table in _TABLES:
-                database.execute(f"DELETE FROM {table} WHERE pid = ?", (process.pid,))
-            rest = database.execute("SELECT count(*) FROM process").fetchone()[0]
-            database.commit()
-        if not rest:
-            discard(process.file)
-
-
-def orphans(folder: Path) -> list[Orphan]:
-    """All that dead LLMOSes have left.
-
-    One that was killed between writing what it resumes into its own journal and taking it out of the older
-    one leaves it in both: then the newer counts, and the older goes.
-    """
-    sweep(folder)
-    found = [orphan for file in dead_journals(folder) for orphan in read(file)]
-    taken = {orphan.origin for orphan in found}
-    for orphan in found:
-        if orphan.uid in taken:
-            with contextlib.suppress(LlmosError), claimed(orphan):
-                pass
-    return [orphan for orphan in found if orphan.uid not in taken]
 
 
 def discard(file: Path) -> None:
@@ -405,44 +259,6 @@ def _new_file(folder: Path) -> tuple[Path, int]:
         number += 1
 
 
-def _age(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except OSError:  # another LLMOS has just ended
-        return 0.0
-
-
-def _is_dead(file: Path) -> bool:
-    with _locked(file) as free:
-        return free
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Whether a journal's lock was free; it is held meanwhile."""
-    try:
-        handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        if free:  # by name: a worker that is being forked holds a copy of the handle until it execs
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
-
-
 def _bytes(text: str) -> bytes:
     """Text as SQLite can hold it: prompts and replies may have lone surrogates."""
     return text.encode("utf-8", "surrogatepass")
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogatepass")

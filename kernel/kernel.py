@@ -104,10 +104,7 @@ class Kernel:
             self.ledger.add_pool(Pool(device.pool, device.memory_bytes))
         dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
-        if self.recorder is not None:
-            from kernel.record import DeviceRecord
-
-            dispatcher.scheduler.record = DeviceRecord(self.recorder, device.name)
+        dispatcher.scheduler.record = self.recorder.device(device.name) if self.recorder else None
         if self.parts.threaded:
             thread = threading.Thread(target=self._serve, args=(dispatcher,), name=device.name, daemon=True)
             self._threads.append(thread)
@@ -190,6 +187,14 @@ class Kernel:
                 for seat, thread in enumerate(model.seats):
                     assert thread is None or thread.seat == seat, (thread, seat)
 
+    def dispatcher_of(self, model: Model) -> Dispatcher:
+        return self.dispatchers[model.device.name]
+
+    def place(self, process: Process) -> tuple[Model, Dispatcher]:
+        """Where it runs. With the table's lock held."""
+        model = self.models[process.model]
+        return model, self.dispatcher_of(model)
+
     # Processes
 
     def spawn(self, spec: ProcessSpec, ppid: int = 1) -> Process:
@@ -217,8 +222,8 @@ class Kernel:
             group = Group(f"process {process.pid}", weight_of(process.nice))
         process.group = group
         self.models[model].users += 1
-        if record := self.dispatchers[self.models[model].device.name].scheduler.record:
-            record.note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
+        note = self.place(process)[1].scheduler.note
+        note("spawn", pid=process.pid, ppid=ppid, model=model, nice=spec.nice, group=spec.group)
         return process
 
     def begin(self, process: Process, model: Model, exit_code: int | None = None, uid: str = "") -> None:
@@ -249,10 +254,10 @@ class Kernel:
             self.recovery.journal.mark(process)
 
     def _wake(self, process: Process, model: Model) -> None:
-        dispatcher = self.dispatchers[model.device.name]
+        dispatcher = self.dispatcher_of(model)
         for thread in process.threads:
             dispatcher.scheduler.wake(thread, model)
-            if dispatcher.has_room(model, thread):
+            if dispatcher.seats.has_room(model, thread):
                 dispatcher.interrupt()  # let it in before the quanta in flight are used up
         dispatcher.wake_up()
 
@@ -265,25 +270,20 @@ class Kernel:
             if signal is Signal.STOP:
                 self._stop(process)
             elif signal is Signal.CONT:
-                self._continue(process)
+                if process.state is State.STOPPED:
+                    self._resume(process)
             else:
                 self.ended(process, 128 + signal)
 
     def _stop(self, process: Process) -> None:
         if process.state is State.STOPPED:
             return
-        model = self.models[process.model]
-        dispatcher = self.dispatchers[model.device.name]
+        model, dispatcher = self.place(process)
         for thread in process.threads:
             dispatcher.scheduler.sleep(thread, model)
         process.state = State.STOPPED
         dispatcher.interrupt()
-        self._changed(process)
-        self.admission.settle_soon()  # its model may have nothing to run now
-
-    def _continue(self, process: Process) -> None:
-        if process.state is State.STOPPED:
-            self._resume(process)
+        self.rests(process)
 
     def _resume(self, process: Process) -> None:
         """Let it run, from wherever it is, as soon as it is admitted: its model may have gone meanwhile."""
@@ -292,7 +292,7 @@ class Kernel:
 
     def _take_turn(self, process: Process, model: Model) -> None:
         """A chat's engine has to hear of the turn before it may run."""
-        dispatcher, thread = self.dispatchers[model.device.name], process.threads[0]
+        dispatcher, thread = self.dispatcher_of(model), process.threads[0]
         dispatcher.submit(lambda: dispatcher.take_turn(model, thread))
 
     # Chats
@@ -323,30 +323,28 @@ class Kernel:
             process.hung_up = True
             self.touched(process)
             if process.is_over:
-                self.dispatchers[self.models[process.model].device.name].exit(process)
+                self.place(process)[1].exit(process)
 
     def cut(self, pid: int) -> None:
         with self.table.lock:
             process = self._chat(pid)
-            model, thread = self.models[process.model], process.threads[0]
-        dispatcher = self.dispatchers[model.device.name]
+            (model, dispatcher), thread = self.place(process), process.threads[0]
         self.on_dispatcher(model, lambda: dispatcher.cut(model, thread))
 
     def swap_out(self, pid: int) -> int:
         with self.table.lock:
             process = self.table.alive(pid)
-            model = self.models[process.model]
-            dispatcher = self.dispatchers[model.device.name]
+            model, dispatcher = self.place(process)
             if process.state not in (State.STOPPED, State.SLEEPING):
                 for thread in process.threads:
                     dispatcher.scheduler.sleep(thread, model)
                 process.state = State.SWAPPED
-            self._changed(process)
+            self.rests(process)
             threads = process.threads
 
         def move() -> None:
             for thread in threads:
-                dispatcher.swap_out(model, thread)
+                dispatcher.seats.swap_out(model, thread)
 
         try:
             self.on_dispatcher(model, move)
@@ -371,8 +369,7 @@ class Kernel:
             old, process.nice = process.nice, nice
             if process.group is not None and not process.spec.group:
                 process.group.weight = weight_of(nice)
-            model = self.models[process.model]
-            dispatcher = self.dispatchers[model.device.name]
+            model, dispatcher = self.place(process)
             for thread in process.threads:
                 dispatcher.scheduler.reweight(thread, model)
             dispatcher.interrupt()
@@ -385,7 +382,7 @@ class Kernel:
         with self.table.lock:
             old, self.policy = self.policy, policy
             for model in self.models.values():
-                self.dispatchers[model.device.name].scheduler.set_policy(policy, model)
+                self.dispatcher_of(model).scheduler.set_policy(policy, model)
             for dispatcher in self.dispatchers.values():
                 dispatcher.interrupt()
                 dispatcher.wake_up()
@@ -399,9 +396,9 @@ class Kernel:
             assert group is not None
             group.weight = weight
             for process in [p for p in self.table if p.alive and p.group is group]:
-                model = self.models[process.model]
+                model, dispatcher = self.place(process)
                 for thread in process.threads:
-                    self.dispatchers[model.device.name].scheduler.reweight(thread, model)
+                    dispatcher.scheduler.reweight(thread, model)
             for dispatcher in self.dispatchers.values():
                 dispatcher.interrupt()
 
@@ -414,8 +411,7 @@ class Kernel:
 
     def ended(self, process: Process, exit_code: int, error: LlmosError | None = None) -> None:
         """A process is done. With the table's lock held."""
-        model = self.models[process.model]
-        dispatcher = self.dispatchers[model.device.name]
+        model, dispatcher = self.place(process)
         last = dispatcher.flights[-1].id if dispatcher.flights else 0
         for thread in process.threads:
             dispatcher.scheduler.sleep(thread, model)
@@ -430,11 +426,15 @@ class Kernel:
             model.cancelled = True
         process.state, process.exit_code, process.error = State.ZOMBIE, exit_code, error
         process.ended_s = self.clock.now_s()
-        if dispatcher.scheduler.record:
-            dispatcher.scheduler.record.note("exit", pid=process.pid, exit_code=exit_code)
+        dispatcher.scheduler.note("exit", pid=process.pid, exit_code=exit_code)
         process.stdout.close()
         self._changed(process)
         self.admission.left(process)
+
+    def rests(self, process: Process) -> None:
+        """It has nothing to run, for now. With the table's lock held."""
+        self._changed(process)
+        self.admission.settle_soon()  # nor has its model, perhaps: then it can make room
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone. With the table's lock held."""
@@ -460,7 +460,7 @@ class Kernel:
                 errors.append(KernelFault(f"{type(bug).__name__}: {bug}"))
             answered.set()
 
-        dispatcher = self.dispatchers[model.device.name]
+        dispatcher = self.dispatcher_of(model)
         dispatcher.submit(request)
         if not self.parts.threaded:
             dispatcher.serve_requests()

@@ -1,8 +1,7 @@
 """Loading: opens a model's engine, off the dispatcher's thread, and opens it again when its worker died.
 
 Owner: the kernel. Lock: the process table's, never held while a driver loads.
-Not here: which file a name means (the catalog), when there is room (admission), what the processes do
-meanwhile (kernel).
+Not here: which file a name means (the catalog), when there is room (admission), what follows (residency).
 """
 
 import threading
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import EngineHost
-from kernel.errors import Interrupted, KernelFault, LlmosError
+from kernel.errors import AdmissionRefused, Interrupted, KernelFault, LlmosError
 from kernel.models import Model
 
 Log = Callable[[str, str, str], None]  # level, source, text
@@ -37,11 +36,14 @@ class Loader:
 
     def load(self, model: Model, delay_s: float = 0.0) -> None:
         """Open the engine; `done` hears of it. Its memory has been claimed."""
-        if self.threaded:
-            name = f"load {model.name}"
-            threading.Thread(target=self._open, args=(model, delay_s), name=name, daemon=True).start()
-        else:
+        if not self.threaded:
             self._open(model, delay_s)
+            return
+        name = f"load {model.name}"
+        try:
+            threading.Thread(target=self._open, args=(model, delay_s), name=name, daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self.done(model, None, AdmissionRefused(f"loading {model.name} failed: {error}"))
 
     def reload(self, model: Model) -> None:
         """Open a model again after its worker died, later each time.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kernel.errors import AdmissionRefused
 from kernel.snapshot import ClaimView, PoolView, ShareClaim, ShareView
+from kernel.units import human_bytes
 
 Asks = Mapping[str, int]
 """Pool name to amount: bytes, or thousandths of a processor."""
@@ -94,16 +95,6 @@ class Pool:
             held[OTHERS] = others
         largest = sorted(held.items(), key=lambda item: -item[1])[:4]
         return "held by " + ", ".join(f"{owner} {self.say(size)}" for owner, size in largest) if held else ""
-
-
-def human_bytes(size_bytes: int) -> str:
-    """1536 -> "1.5 KiB"."""
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 class MemoryLedger:

@@ -45,9 +45,7 @@ class Account(Protocol):
 class Terms:
     """Sizes that claims are measured by, in service units."""
 
-    request_units: float = (
-        128.0  # a quantum of the device's time, the largest request: deadlines are computed from it
-    )
+    request_units: float = 128.0  # a quantum of device time, the largest request; deadlines come from it
     seat_units: float = 1000.0  # likewise of seats, which change hands more slowly
 
 
@@ -59,10 +57,8 @@ class Policy:
     grouped: bool
     eligible: Callable[[Account, float], bool]  # may it take a turn at this virtual time?
     turn: Callable[[Account, Terms], Key]  # the order of those that may
-    rides: Callable[
-        [Account, float, float, float], bool
-    ]  # may it draw beside the first? (Of whom the weight,
-    # then virtual time, and the service units that it may be ahead.)
+    # May it draw beside the first, of that weight, at this virtual time, so many units ahead at most?
+    rides: Callable[[Account, float, float, float], bool]
     seat: Callable[[Account, Terms], Key]  # the order of those that wait for a seat
     outranks: Callable[
         [Account, Account, float, Terms], bool

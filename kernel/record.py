@@ -66,6 +66,9 @@ class Recorder:
                 self._ready.notify()
             self._lines.append(line + "\n")
 
+    def device(self, name: str) -> "DeviceRecord":
+        return DeviceRecord(self, name)
+
     def close(self) -> None:
         """Write what waits, and stop. Idempotent."""
         with self._ready:
@@ -112,12 +115,10 @@ class DeviceRecord:
         self._recorder = recorder
         self._device = device
 
-    def note(self, kind: str, **facts: object) -> None:
-        self._recorder.note(self._device, kind, facts)
-
-    def thread(self, kind: str, thread: Thread, **facts: object) -> None:
-        """Something was decided about a thread."""
-        self.note(kind, pid=thread.process.pid, thread=thread.index, **facts)
+    def note(self, kind: str, about: Thread | None = None, **facts: object) -> None:
+        """Something was decided, perhaps about a thread."""
+        who = {"pid": about.process.pid, "thread": about.index} if about else {}
+        self._recorder.note(self._device, kind, {**who, **facts})
 
     def plan(self, flight: "Flight") -> None:
         grants = _shares((thread, grant.tokens) for thread, grant in flight.grants.items())

@@ -15,8 +15,9 @@ from kernel.process import Process, ProcessSpec, Signal, Thread, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
-    from kernel.journal import Journal, Orphan
+    from kernel.journal import Journal
     from kernel.kernel import Kernel
+    from kernel.orphans import Orphan
 
 
 class Recovery:
@@ -98,31 +99,32 @@ class Recovery:
 
         try:
             if self.journal is None:
-                self.journal = Journal(
-                    folder, self.kernel.table.lock, lambda text: self.kernel.log("error", "journal", text)
-                )
+                self.journal = Journal(folder, self.kernel.table.lock, self._journal_ails)
         except (OSError, sqlite3.Error, RuntimeError) as error:
             self._journal_failed = True
             self.kernel.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
             return
         self.journal.spawned(process, model.info.path, uid)
 
+    def _journal_ails(self, text: str) -> None:
+        self.kernel.log("error", "journal", text)
+
     def orphans(self) -> "tuple[Orphan, ...]":
         if self.kernel.parts.journal is None or not os.access(self.kernel.parts.journal, os.R_OK | os.X_OK):
             return ()
-        from kernel import journal
+        from kernel import orphans
 
         try:
-            return tuple(journal.orphans(self.kernel.parts.journal))
+            return tuple(orphans.find(self.kernel.parts.journal, self._journal_ails))
         except MemoryError:
             raise AdmissionRefused("not enough memory to read what an earlier LLMOS has left") from None
 
     def resume(self, orphan: "Orphan") -> Process:
-        from kernel import journal
+        from kernel import orphans
 
         process = None
         try:
-            with journal.claimed(orphan):
+            with orphans.claimed(orphan):
                 process = self.revive(
                     orphan.state,
                     f"process {orphan.pid} of an earlier LLMOS",
@@ -151,11 +153,10 @@ class Recovery:
             self.journal.freeze()
 
     def forget_orphans(self) -> None:
-        from kernel import journal
+        from kernel import orphans
 
         if self.kernel.parts.journal is not None:
-            for file in journal.dead_journals(self.kernel.parts.journal):
-                journal.discard(file)
+            orphans.forget(self.kernel.parts.journal)
 
     def save(self, pid: int, path: Path) -> int:
         from kernel import checkpoint
@@ -194,7 +195,7 @@ class Recovery:
 
     def _twin(self, parent: Process, model: Model, spec: ProcessSpec) -> Process:
         """On the dispatcher's thread, so that tokens and KV agree: a row like another's."""
-        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatchers[model.device.name]
+        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatcher_of(model)
         sources = self._at_work(parent)
         with self.kernel.table.lock:
             self.kernel.table.alive(parent.pid)
@@ -202,7 +203,7 @@ class Recovery:
             self._fill(process, taken)
         try:
             for source, thread in zip(sources, process.threads, strict=False):
-                dispatcher.copy(model, source, thread)
+                dispatcher.seats.copy(model, source, thread)
         except Exception:  # no memory, say: it never was
             with self.kernel.table.lock:
                 self.kernel.ended(process, KernelFault.exit_code)
@@ -226,7 +227,7 @@ class Recovery:
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
         from kernel import checkpoint
 
-        self.kernel.dispatchers[model.device.name].drain()
+        self.kernel.dispatcher_of(model).drain()
         digest = checkpoint.model_digest(model.info.path)
         states = [(each, self._kv(model, each) if kv else None) for each in self._at_work(process)]
         with self.kernel.table.lock:

@@ -20,9 +20,9 @@ from kernel.errors import (
     WorkerDied,
 )
 from kernel.loader import Loader
-from kernel.memory import human_bytes
 from kernel.models import CatalogEntry, Model, ModelState, Usage
 from kernel.process import State
+from kernel.units import human_bytes
 
 if TYPE_CHECKING:
     from kernel.kernel import Kernel
@@ -79,8 +79,9 @@ class Residency:
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
-                    if entry.name in self.records:  # failed, or its load is being cancelled
-                        self._drop(self.records[entry.name])
+                    if (old := self.records.get(entry.name)) is not None:  # failed, or its load is cancelled
+                        self.fail_users(old, Interrupted(f"loading {old.name} was cancelled"))
+                        self._drop(old)
                     model = Model(
                         entry.name,
                         entry.description,
@@ -153,7 +154,7 @@ class Residency:
         """
         if not model.cancelled and model.state is ModelState.WAITING:
             model = self.records.setdefault(model.name, model)
-        if self.records.get(model.name) is not model:
+        if self.records.get(model.name) is not model or model.cancelled:
             raise NotPermitted(f"{model.name} was unloaded meanwhile")
         if model.state is ModelState.FAILED and model.error is not None:
             raise model.error
@@ -181,7 +182,7 @@ class Residency:
         self.kernel.publish("model", name=model.name, state=model.state.value)
 
     def _attach(self, model: Model, host: EngineHost) -> None:
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         model.host, model.state, model.error, model.progress = host, ModelState.LOADED, None, 1.0
         self.kernel.ledger.correct(model.device.pool, model.name, model.measured_sizes())
         model.seats, model.opened_s = [None] * host.info.sequences, self.kernel.clock.now_s()
@@ -198,10 +199,10 @@ class Residency:
             self.worker_died(model, error)
             return
         self.kernel.log("error", model.name, error.message)
+        model.state, model.error = ModelState.FAILED, error
         if self.records.get(model.name) is model:  # not if a newer load has taken its place
             self.kernel.ledger.release(model.device.pool, model.name)
-        model.state, model.error = ModelState.FAILED, error
-        self.fail_users(model, error)
+            self.fail_users(model, error)
 
     def fail_users(self, model: Model, error: LlmosError) -> None:
         for process in self.kernel.table.users_of(model.name):
@@ -213,7 +214,7 @@ class Residency:
         if model.state is ModelState.EVICTING:  # it was to go anyway
             return
         model.state, model.error = ModelState.LOADING, error
-        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+        self.kernel.dispatcher_of(model).scheduler.refresh(model)
         try:
             self.loader.reload(model)
         except KernelFault as fault:
@@ -253,7 +254,7 @@ class Residency:
     def _close(self, model: Model) -> None:
         """From now on nothing runs on it, until it is opened again."""
         model.state = ModelState.EVICTING
-        self.kernel.dispatchers[model.device.name].scheduler.refresh(model)
+        self.kernel.dispatcher_of(model).scheduler.refresh(model)
 
     def cancel(self, name: str) -> None:
         """Stop a load that is going on, or waits for its turn. Raises ModelNotFound."""
@@ -281,7 +282,7 @@ class Residency:
     def begin_eviction(self, model: Model) -> None:
         """Nothing runs on it: let its dispatcher close it. With the table's lock held."""
         self._close(model)
-        self.kernel.dispatchers[model.device.name].submit(lambda: self._evict_or_say(model))
+        self.kernel.dispatcher_of(model).submit(lambda: self._evict_or_say(model))
         self.kernel.publish("model", name=model.name, state=model.state.value)
 
     def _evict_or_say(self, model: Model) -> None:
@@ -290,10 +291,10 @@ class Residency:
 
     def _evict(self, model: Model) -> int:
         """On the dispatcher's thread. What stopped processes have on their seats goes to RAM with them."""
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         for thread in [t for t in model.seats if t is not None]:
             try:
-                dispatcher.swap_out(model, thread)
+                dispatcher.seats.swap_out(model, thread)
             except LlmosError as error:  # it will be computed again
                 self.kernel.log("warn", model.name, f"KV is lost: {error.message}")
                 with self.kernel.table.lock:
@@ -303,13 +304,17 @@ class Residency:
             model.seats, model.draining, model.to_close = [], {}, []
             freed = self.kernel.ledger.release(model.device.pool, model.name)
             model.state, model.progress, model.wanted = ModelState.WAITING, 0.0, False
+            for process in {thread.process: None for thread in model.queue}:  # chats, spoken to meanwhile
+                for thread in process.threads:
+                    dispatcher.scheduler.sleep(thread, model)
+                self.kernel.admission.enter(process)
             self.kernel.admission.forget(model)
             self.kernel.publish("model", name=model.name, state="waiting" if model.users else "disk")
             self.kernel.admission.settle()
         return freed
 
     def _detach(self, model: Model) -> None:
-        dispatcher = self.kernel.dispatchers[model.device.name]
+        dispatcher = self.kernel.dispatcher_of(model)
         dispatcher.drain()
         with self.kernel.table.lock:
             if model in dispatcher.models:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from kernel.fairness import FairQueue
-from kernel.policy import FAIR, Policy, Terms
+from kernel.policy import Policy, Terms
 from kernel.process import Group, Thread
 
 
@@ -100,12 +100,11 @@ Claimant = Thread | Party
 class RunQueue:
     """Who is runnable on one model, and who is next."""
 
-    __slots__ = ("_claims", "_grouped", "_parties", "_size", "_turns")
+    __slots__ = ("_claims", "_parties", "_size", "_turns")
 
-    def __init__(self, policy: Policy = FAIR) -> None:
-        self._claims: FairQueue[Claimant] = FairQueue(policy)  # of all
-        self._turns: FairQueue[Claimant] = FairQueue(policy)  # of those with seats
-        self._grouped = policy.grouped
+    def __init__(self) -> None:
+        self._claims: FairQueue[Claimant] = FairQueue()  # of all
+        self._turns: FairQueue[Claimant] = FairQueue()  # of those with seats
         self._parties: dict[Group, Party] = {}
         self._size = 0
 
@@ -193,7 +192,6 @@ class RunQueue:
         """Go on under another policy; what is owed is forgotten. Call `take_due` before."""
         old, terms = list(self), self._claims.terms
         self._claims, self._turns = FairQueue(policy, terms), FairQueue(policy, terms)
-        self._grouped = policy.grouped
         seated = [thread.seat is not None for thread in old]
         self._parties.clear()
         self._size = 0
@@ -293,7 +291,7 @@ class RunQueue:
 
     def _claimant(self, thread: Thread) -> Claimant:
         group = thread.process.group
-        if group is None or not self._grouped:
+        if group is None or not self.policy.grouped:
             return thread
         party = self._parties.get(group)
         if party is None:

@@ -18,9 +18,10 @@ from kernel.models import Model, ModelState
 from kernel.policy import Policy, Terms
 from kernel.process import Thread
 
-ROUNDS = 4  # of passes for those who draw, in a quantum of nothing else
 if TYPE_CHECKING:
     from kernel.record import DeviceRecord
+
+ROUNDS = 4  # of passes for those who draw, in a quantum of nothing else
 
 
 @dataclass(slots=True)
@@ -72,17 +73,21 @@ class Scheduler:
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
-        self.record: DeviceRecord | None = None  # hears of every decision
+        self.record: DeviceRecord | None = None
         turn_s = config.quantum_s
         self.models: FairQueue[Model] = FairQueue(terms=Terms(turn_s, turn_s))
         self.flights: deque[Flight] = deque()  # planned and not yet ended, oldest first
+
+    def note(self, kind: str, thread: Thread | None = None, **facts: object) -> None:
+        """Something was decided, perhaps about a thread: for the recording, if there is one."""
+        if self.record:
+            self.record.note(kind, thread, **facts)
 
     def wake(self, thread: Thread, model: Model) -> None:
         """A thread became runnable."""
         self._settle()
         model.queue.join(thread, seated=thread.seat is not None)
-        if self.record:
-            self.record.thread("join", thread, model=model.name, weight=round(thread.weight, 9))
+        self.note("join", thread, model=model.name, weight=round(thread.weight, 9))
         self.refresh(model)
 
     def sleep(self, thread: Thread, model: Model) -> None:
@@ -90,8 +95,7 @@ class Scheduler:
         if thread in model.queue:
             self._settle()
             thread.process.share_due += model.queue.leave(thread)
-            if self.record:
-                self.record.thread("leave", thread)
+            self.note("leave", thread)
             self.refresh(model)
 
     def reweight(self, thread: Thread, model: Model) -> None:
@@ -100,10 +104,8 @@ class Scheduler:
             self._settle()
             thread.process.share_due += model.queue.take_due(thread)
             model.queue.reweight(thread)
-            if self.record:
-                group = thread.process.group
-                weight = group.weight if group else round(thread.weight, 9)
-                self.record.thread("weight", thread, weight=weight)
+            group = thread.process.group
+            self.note("weight", thread, weight=group.weight if group else round(thread.weight, 9))
             self.refresh(model)
 
     def set_policy(self, policy: Policy, model: Model) -> None:
@@ -112,8 +114,7 @@ class Scheduler:
         for thread in model.queue:
             thread.process.share_due += model.queue.take_due(thread)
         model.queue.set_policy(policy)
-        if self.record:
-            self.record.note("policy", model=model.name, policy=policy.name)
+        self.note("policy", model=model.name, policy=policy.name)
         self.refresh(model)
 
     def attach(self, model: Model) -> None:
@@ -124,9 +125,7 @@ class Scheduler:
         request_units = max(piece_units, config.quantum_s / output_s * OUTPUT_UNITS)
         seat_units = config.seat_slice_s / output_s * OUTPUT_UNITS
         model.queue.set_terms(Terms(request_units, seat_units))
-        if self.record:
-            policy = model.queue.policy.name
-            self.record.note("open", model=model.name, seats=len(model.seats), policy=policy)
+        self.note("open", model=model.name, seats=len(model.seats), policy=model.queue.policy.name)
         self.refresh(model)
 
     def refresh(self, model: Model) -> None:

@@ -20,7 +20,7 @@ from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemV
 from kernel.views import device_view, disk_view, process_view
 
 if TYPE_CHECKING:
-    from kernel.journal import Orphan
+    from kernel.orphans import Orphan
 
 __all__ = [
     "EngineOptions",
@@ -229,7 +229,7 @@ class Syscalls:
             record.wanted = True
             kernel.admission.load(record, wait=wait)
         if not kernel.parts.threaded:
-            kernel.dispatchers[record.device.name].serve_requests()
+            kernel.dispatcher_of(record).serve_requests()
         with self._table.lock:
             return record.view()
 

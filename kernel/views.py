@@ -5,7 +5,7 @@ Not here: the views themselves (snapshot), how they are printed (shell, tui).
 """
 
 from kernel.dispatcher import Dispatcher
-from kernel.explain import held_out
+from kernel.explain import held_out, rate_of
 from kernel.models import CatalogEntry, Model
 from kernel.process import Process, State
 from kernel.snapshot import BY_HAND, DeviceView, ModelView, ProcessView
@@ -34,7 +34,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         prompt_tokens=process.prompt_tokens,
         output_tokens=process.output_tokens,
         shared_tokens=process.shared_tokens,
-        tokens_per_s=_rate(process, now_s) if process.alive else average,
+        tokens_per_s=rate_of(process, now_s) if process.alive else average,
         context_tokens=process.tokens(),
         context_limit_tokens=engine.context_tokens * max(len(process.threads), 1) if engine else 0,
         kv_bytes=_kv_bytes(process, engine.kv_bytes_per_token if engine else 0),
@@ -89,10 +89,6 @@ def disk_view(entry: CatalogEntry) -> ModelView:
         engine=None,
         description=entry.description,
     )
-
-
-def _rate(process: Process, now_s: float) -> float:
-    return process.rate.per_s(now_s) if process.rate else 0.0
 
 
 def _kv_bytes(process: Process, bytes_per_token: int) -> int:

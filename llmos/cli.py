@@ -104,12 +104,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _greet(machine: "Machine") -> None:
     """Two lines: what there is, and how to go on."""
-    from shell.render import format_size
+    from kernel.units import human_bytes
 
     view, models = machine.system.snapshot(), machine.system.models()
     devices = " · ".join(f"{device.info.name} {device.info.description}" for device in view.devices)
     pools = " · ".join(
-        f"{pool.name} {format_size(pool.free_bytes)} of {format_size(pool.capacity_bytes)} free"
+        f"{pool.name} {human_bytes(pool.free_bytes)} of {human_bytes(pool.capacity_bytes)} free"
         for pool in view.pools
     )
     machine.shell.note(f"LLMOS {VERSION}  ready in {view.uptime_s:.2f} s · {devices} · {pools}")

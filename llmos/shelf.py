@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, UsageError
-from kernel.memory import human_bytes
+from kernel.units import human_bytes
 from llmos.folders import SUFFIX, stem
 from llmos.paths import writable
 

@@ -13,7 +13,7 @@ from kernel.errors import LlmosError, UsageError
 from kernel.snapshot import ProcessView
 from shell.commands.targets import pid_of
 from shell.registry import Arguments, CommandSpec
-from shell.render import Column, format_count, to_json, write_table
+from shell.render import Column, short_count, to_json, write_table
 from shell.session import Shell
 
 
@@ -41,9 +41,9 @@ COLUMNS: list[Column[Row]] = [
     Column("RIGHT", lambda row: "-" if row.right is None else str(row.right), right=True, keep=6),
     Column("TOKENS", lambda row: str(row.view.output_tokens), right=True, keep=5),
     Column("SECONDS", lambda row: f"{row.seconds:.1f}", right=True, keep=4),
-    Column("TOK/S", lambda row: format_count(row.view.tokens_per_s), right=True, keep=2),
-    Column("DUE", lambda row: format_count(row.view.share_due), right=True, keep=3),
-    Column("RECEIVED", lambda row: format_count(row.view.share_received), right=True, keep=3),
+    Column("TOK/S", lambda row: short_count(row.view.tokens_per_s), right=True, keep=2),
+    Column("DUE", lambda row: short_count(row.view.share_due), right=True, keep=3),
+    Column("RECEIVED", lambda row: short_count(row.view.share_received), right=True, keep=3),
     Column("SHARE", lambda row: f"{row.share:.0%}", right=True, keep=6),
     Column("END", lambda row: _end(row.view), keep=5),
     Column("JOB", lambda row: row.view.command, keep=1, flexible=True),

@@ -13,10 +13,10 @@ from pathlib import Path
 from kernel.errors import NotPermitted, UsageError
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
+from kernel.units import human_bytes, short_bytes
 from shell.files import path_of
 from shell.jobs import Job, finish, labelled, send
 from shell.lexer import quote
-from shell.render import format_bytes, format_size
 from shell.session import Shell
 
 _POLL_S = 0.05
@@ -58,7 +58,7 @@ def _save(shell: Shell, job: Job, argument: str) -> int | None:
         path = path_of(argument).expanduser()
     except RuntimeError:  # no such user
         path = Path(argument)
-    size = format_size(shell.system.save(job.pid, path))
+    size = human_bytes(shell.system.save(job.pid, path))
     shell.note(f"{path}  {size}: `load {quote(str(path))}` goes on with it")
     return None
 
@@ -71,7 +71,7 @@ def _system(shell: Shell, job: Job, argument: str) -> int | None:
 def _ctx(shell: Shell, job: Job, argument: str) -> int | None:
     view = shell.system.process(job.pid)
     limit = f" of {view.context_limit_tokens}" if view.context_limit_tokens else ""
-    kept = f"KV {format_bytes(view.kv_bytes)}"
+    kept = f"KV {short_bytes(view.kv_bytes)}"
     shell.err.line(f"{view.context_tokens}{limit} tokens · {_turns(view)} · {kept}")
     return None
 

@@ -12,9 +12,9 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
 from kernel.errors import LlmosError
+from kernel.units import short_bytes
 from shell.lexer import Token, quote, tokenize
 from shell.registry import Arguments, Completes
-from shell.render import format_bytes
 from shell.session import Shell
 from shell.syntax import ShellSyntaxError, Text
 from shell.terminal import fit, one_line
@@ -180,7 +180,7 @@ def _things(shell: Shell, kind: Completes) -> list[Candidate]:
 
 def _about(state: str, info: object) -> str:
     size = getattr(info, "file_bytes", None)
-    return f"{state} {format_bytes(size)}" if size is not None else state
+    return f"{state} {short_bytes(size)}" if size is not None else state
 
 
 def _commands(shell: Shell) -> list[Candidate]:

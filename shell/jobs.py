@@ -1,105 +1,32 @@
 """Jobs: processes that this shell started, in the foreground or behind it.
 
-Owner: the session's thread. Only a `Sink` has a thread of its own; it touches its file and nothing else.
 A background job's output is held back by the kernel, and shown whole when the job is waited for,
 brought to the foreground, or found done.
+Owner: the session's thread. Not here: output that goes to a file (sink).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
-import stat
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from kernel.errors import LlmosError, NotPermitted, ProcessNotFound, UsageError
 from kernel.snapshot import BY_HAND, ProcessView
-from kernel.syscall import Signal, Syscalls
-from shell.render import format_bytes, format_duration
-from shell.terminal import Output, cell_width, encode, fit, one_line
+from kernel.syscall import Signal
+from kernel.units import short_bytes, short_time
+from shell.sink import Sink
+from shell.terminal import Output, cell_width, fit, one_line
 
 if TYPE_CHECKING:
-    from shell.session import Frame, Shell
+    from shell.session import Shell
 
 _POLL_S = 0.05  # how late ^C may be noticed while a process is silent
 _STOPPED = 148
 _INTERRUPTED = 130
 _LABEL_MIN = 20  # columns of a command that stay, however narrow the terminal
-
-
-class Sink:
-    """Copies a process's output into a file.
-
-    Owner: its thread. `error` is written once, before the process is told to end.
-    """
-
-    def __init__(self, system: Syscalls, pid: int, file: BinaryIO, name: str) -> None:
-        self.error = ""  # one line
-        self._system = system
-        self._pid = pid
-        self._file = file
-        self._name = name
-        self._thread = threading.Thread(target=self._run, name=f"sink-{pid}", daemon=True)
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait until the file is closed."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            with self._file:
-                self._copy()
-        except OSError as error:
-            self.error = f"{self._name}: {error.strerror or error}"
-            with contextlib.suppress(LlmosError):
-                self._system.signal(self._pid, Signal.TERM)  # nothing of what it says can be kept
-        except LlmosError as error:
-            self.error = error.message
-
-    def _copy(self) -> None:
-        offset, last = 0, "\n"
-        while True:
-            piece = self._system.read(self._pid, offset, None)
-            if piece.text:
-                self._file.write(encode(piece.text))
-                self._file.flush()
-                last = piece.text[-1]
-            offset = piece.next_offset
-            if piece.eof:
-                break
-        if last != "\n":
-            self._file.write(b"\n")
-
-
-def sink_of(frame: Frame) -> str:
-    """Where a command's output goes, so that it can go on there after a crash; "" if not to a file."""
-    if frame.stdout is None or not stat.S_ISREG(os.fstat(frame.stdout.fileno()).st_mode):
-        return ""
-    return json.dumps({"path": str(Path(frame.target).absolute()), "offset": frame.stdout.tell()})
-
-
-def reopen_sink(description: str) -> tuple[BinaryIO, str] | None:
-    """The file of `sink_of`, cut back to where the job began: its whole output is written again.
-
-    Raises LlmosError if it cannot be opened.
-    """
-    if not description:
-        return None
-    where = json.loads(description)
-    try:
-        file = Path(where["path"]).open("r+b")  # noqa: SIM115
-        file.truncate(where["offset"])
-        file.seek(where["offset"])
-    except OSError as error:
-        raise LlmosError(f"{where['path']}: {error.strerror or error}") from error
-    return file, where["path"]
 
 
 @dataclass(slots=True, eq=False)
@@ -283,7 +210,7 @@ def send(shell: Shell, job: Job, number: Signal) -> bool:
 def stopped(shell: Shell, job: Job) -> int:
     shell.jobs.touch(job)
     view = shell.system.process(job.pid)
-    kept = f"  (pid {job.pid}, KV {format_bytes(view.kv_bytes)} kept)"
+    kept = f"  (pid {job.pid}, KV {short_bytes(view.kv_bytes)} kept)"
     shell.note(labelled(shell.err, f"[{job.number}]{shell.jobs.mark(job)} Stopped  ", job, kept))
     return _STOPPED
 
@@ -326,7 +253,7 @@ def conclude(shell: Shell, job: Job) -> int:
 
 
 def _tell_end(shell: Shell, job: Job, head: str, view: ProcessView, status: int) -> None:
-    facts = f"   {format_duration(view.elapsed_s)} · {view.output_tokens} tok · rc {status}"
+    facts = f"   {short_time(view.elapsed_s)} · {view.output_tokens} tok · rc {status}"
     shell.note(labelled(shell.err, head + ("Done  " if status == 0 else "Ended  "), job, facts))
 
 

@@ -5,7 +5,8 @@ from dataclasses import fields
 
 from kernel.errors import UsageError
 from kernel.snapshot import ProcessView
-from shell.render import Column, bar, format_bytes, format_count, format_duration
+from kernel.units import short_bytes, short_time
+from shell.render import Column, bar, short_count
 from shell.session import Shell
 
 _LETTERS = {
@@ -78,12 +79,12 @@ def _usual_columns(shell: Shell) -> list[Column[ProcessView]]:
         Column("KIND", lambda p: _KINDS.get(p.program, p.program), keep=30),
         Column("MODEL", lambda p: p.model, keep=60),
         Column("DEV", lambda p: p.device or "-", keep=20),
-        Column("KV", lambda p: format_bytes(p.kv_bytes) if p.kv_bytes else "-", right=True, keep=40),
+        Column("KV", lambda p: short_bytes(p.kv_bytes) if p.kv_bytes else "-", right=True, keep=40),
         Column("CTX", _context, keep=10),
         Column("ITEMS", _items, right=True, keep=35),
-        Column("TOK", lambda p: format_count(p.output_tokens), right=True, keep=50),
+        Column("TOK", lambda p: short_count(p.output_tokens), right=True, keep=50),
         Column("TOK/S", _rate, right=True, keep=80),
-        Column("TIME", lambda p: format_duration(p.elapsed_s), right=True, keep=45),
+        Column("TIME", lambda p: short_time(p.elapsed_s), right=True, keep=45),
         Column("JOB", lambda p: _job(shell, p), keep=90, flexible=True),
     ]
 
@@ -104,7 +105,7 @@ def _items(view: ProcessView) -> str:
 def _rate(view: ProcessView) -> str:
     if not view.tokens_per_s:
         return "-"
-    return f"{view.tokens_per_s:.1f}" if view.tokens_per_s < 1000 else format_count(view.tokens_per_s)
+    return f"{view.tokens_per_s:.1f}" if view.tokens_per_s < 1000 else short_count(view.tokens_per_s)
 
 
 def _job(shell: Shell, view: ProcessView) -> str:

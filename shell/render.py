@@ -9,46 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Generic, TypeVar
 
+from kernel.units import scaled
 from shell.terminal import Output, cell_width, fit, one_line
 
 Row = TypeVar("Row")
 
-_UNITS = ("", "K", "M", "G", "T", "P")
 _MINIMUM_FLEXIBLE_WIDTH = 8
 
 
-def format_bytes(size: float) -> str:
-    """`612M`, `5.1G`: powers of 1024, three digits at most."""
-    return _scaled(size, 1024.0)
-
-
-def format_count(count: float) -> str:
+def short_count(count: float) -> str:
     """`1.1M`, `9.1k`: powers of 1000."""
-    return _scaled(count, 1000.0).replace("K", "k").replace("G", "B")
-
-
-def _scaled(value: float, base: float) -> str:
-    power = 0
-    while abs(value) >= base and power < len(_UNITS) - 1:
-        value /= base
-        power += 1
-    digits = f"{value:.1f}" if power and abs(value) < 10 else f"{value:.0f}"
-    return digits + _UNITS[power]
-
-
-def format_size(size: float) -> str:
-    """`5.1 GiB`, for sentences."""
-    short = format_bytes(size)
-    if short[-1].isdigit():
-        return f"{short} B"
-    return f"{short[:-1]} {short[-1]}iB"
-
-
-def format_duration(seconds: float) -> str:
-    """`0:03`, `1:12:44`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    digits, power = scaled(count, 1000)
+    return digits + ("", "k", "M", "B", "T", "P")[power]
 
 
 def bar(fraction: float, width: int) -> str:

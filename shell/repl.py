@@ -19,6 +19,7 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from kernel.units import short_bytes
 from shell import jobs
 from shell.commands.builtins import may_leave
 from shell.completer import ShellCompleter
@@ -26,7 +27,7 @@ from shell.highlight import STYLE, Highlighter
 from shell.interpreter import run_line
 from shell.parser import parse
 from shell.process_table import state_counts
-from shell.render import bar, format_bytes
+from shell.render import bar
 from shell.session import Exit, Shell
 from shell.syntax import Incomplete, ShellSyntaxError
 
@@ -157,7 +158,7 @@ def toolbar(shell: Shell) -> str:
     facts = [state_counts(alive), f"{rate:.0f} tok/s"]
     for pool in view.pools[:1]:
         used = pool.used_bytes / pool.capacity_bytes if pool.capacity_bytes else 0.0
-        facts.append(f"{pool.name} {bar(used, 8)} {format_bytes(pool.used_bytes)}")
+        facts.append(f"{pool.name} {bar(used, 8)} {short_bytes(pool.used_bytes)}")
     return " · ".join([*facts, "F12 monitor"])
 
 

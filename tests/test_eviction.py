@@ -75,9 +75,7 @@ def test_an_idle_model_makes_room_and_a_pinned_one_does_not() -> None:
     assert loaded(sim) == "ac"
     assert [m.pinned for m in sim.system.models() if m.name == "a"] == [True]
     sim.system.pin("c")
-    with pytest.raises(
-        AdmissionRefused, match=r"d needs 405.0 MiB on sim0, 405.0 MiB more than is free"
-    ) as e:
+    with pytest.raises(AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free") as e:
         sim.system.load("d")
     assert "held by" in e.value.hint and "--wait" in e.value.hint and states(sim)["d"] == "disk"
     sim.system.pin("a", False)
@@ -148,7 +146,7 @@ def test_a_process_of_a_third_model_waits_for_what_runs_and_then_gets_its_place(
     sim.run_until(50)
     c = run(sim, "c")
     assert states(sim)["c"] == "waiting"
-    assert sim.system.process(c).waits_for == "405.0 MiB on sim0 for c"
+    assert sim.system.process(c).waits_for == "405 MiB on sim0 for c"
     assert "It is the next." in " ".join(sim.system.why(c))
     while sim.system.process(a).exit_code is None:
         assert sim.system.process(c).state == "NEW"
@@ -519,7 +517,7 @@ def test_a_chat_whose_model_was_evicted_while_it_slept_goes_on_when_its_user_spe
         sim.system.say(pid, "three")
         sim.system.say(pid, "four")
         if between:
-            assert sim.system.process(pid).waits_for == "405.0 MiB on sim0 for a"
+            assert sim.system.process(pid).waits_for == "405 MiB on sim0 for a"
             assert sim.system.process(other).exit_code is None
         finish(sim)
         sim.system.hang_up(pid)
@@ -542,3 +540,64 @@ def test_what_is_swapped_out_and_what_is_declared_are_booked_apart() -> None:
     sim.system.swap_in(pid)
     finish(sim)
     assert sim.output(pid) == alone(300) and sim.kernel.ledger.held(f"process {pid}") == {}
+
+
+@pytest.mark.parametrize("spoken", [0, 5])
+def test_a_chat_that_falls_asleep_makes_room_at_once(spoken: int) -> None:
+    """Nobody looks after the line here: what it says last lets the other in.
+
+    If it has not begun (0), its model counts as idle and goes first; then it waits, and speaks after.
+    """
+    sim = machine(1)
+    chat = sim.system.spawn(ProcessSpec("a", ("hello",), program="chat", max_tokens=20))
+    sim.run_until(spoken)
+    other = run(sim, "b")
+    sim.kernel.pump()
+    assert sim.system.process(chat).state == "SLEEPING" and sim.system.process(chat).items_done == 1
+    assert sim.system.process(other).exit_code == 0
+    sim.kernel.check_integrity()
+
+
+def test_a_load_that_gets_no_thread_is_refused_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = DeviceInfo("sim0", "sim", "simulated", EACH)
+    driver = SimDriver([device], sleep=lambda _: None, models={"a.sim": ONE})
+    start = threading.Thread.start
+
+    def fails(thread: threading.Thread) -> None:
+        if thread.name.startswith("load"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    kernel = Kernel(Parts(RealClock(), {".sim": driver}, SimCatalog("a")))
+    system = Syscalls(kernel)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails)
+            ended = system.wait(system.spawn(ProcessSpec("a", ("go on",))), 10)
+            system.load("a")
+            with pytest.raises(AdmissionRefused, match="can't start new thread"):
+                system.wait_load("a")
+        assert ended and ended.exit_code == 75 and "new thread" in ended.error
+        kernel.check_integrity()
+        assert not any(pool.claims for pool in system.snapshot().pools if pool.name == "sim0")
+        again = system.wait(system.spawn(ProcessSpec("a", ("go on",), max_tokens=5)), 10)
+        assert again and again.exit_code == 0
+        kernel.check_integrity()
+    finally:
+        system.shutdown()
+
+
+def test_who_waits_beside_a_victim_that_never_runs_dry_gets_another_ones_place() -> None:
+    """a, the first to go, has a job for hours, and b is never idle: without a second victim c starves."""
+    sim = machine(models=dict.fromkeys("abc", replace(ONE, base_s=0.1)))
+    sim.system.spawn(ProcessSpec("a", ("go on",) * 1000, max_tokens=500, lines=True))
+    run(sim, "b", 50)
+    sim.run_until(20)
+    c = run(sim, "c", 5)
+    while sim.clock.now_s() < 40.0 and sim.system.process(c).exit_code is None:
+        busy = [p for p in sim.system.snapshot().processes if p.model == "b" and p.exit_code is None]
+        for _ in range(3 - len(busy)):
+            run(sim, "b", 50)
+        sim.dispatcher.advance()
+        sim.kernel.admission.settle()
+    assert sim.system.process(c).exit_code == 0

@@ -23,7 +23,7 @@ from simkernel import SimSystem
 
 from drivers.sim import SimDriver, SimEngine
 from drivers.simmodel import SimModel
-from kernel import checkpoint, journal
+from kernel import checkpoint, orphans
 from kernel.device import Sampling
 from kernel.errors import AdmissionRefused, LlmosError, WorkerDied
 from kernel.memory import MemoryLedger
@@ -416,11 +416,11 @@ def test_killed_between_two_journals_a_process_is_in_both_and_goes_on_once(
     later.system.freeze()
     later.system.shutdown()
     shutil.copytree(template / "journal", folder, dirs_exist_ok=True)  # as if it had not been taken out yet
-    assert len(journal.dead_journals(folder)) == 2
+    assert len(orphans.dead_journals(folder)) == 2
     last = SimSystem(MODELS, folder=tmp_path / "home")
     (orphan,) = last.system.orphans()
     assert orphan.state.output_tokens == 20
-    assert len(journal.dead_journals(folder)) == 1
+    assert len(orphans.dead_journals(folder)) == 1
     pid = last.system.resume(orphan)
     last.kernel.pump()
     assert last.output(pid) == solo(8, 30)

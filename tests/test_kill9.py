@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from drivers.llamacpp.driver import LlamaCppDriver
-from kernel import journal
 from kernel.clock import RealClock
 from kernel.config import KernelConfig
 from kernel.device import Sampling
 from kernel.kernel import Kernel, Parts
+from kernel.orphans import Orphan, find, forget, sweep
 from kernel.process import ProcessSpec
 from kernel.syscall import Syscalls
 from llmos.paths import find_paths
@@ -94,8 +94,8 @@ class Campaign:
         assert child.returncode == 0
         return False
 
-    def orphans(self) -> list[journal.Orphan]:
-        return journal.orphans(self.journals)
+    def orphans(self) -> list[Orphan]:
+        return find(self.journals, pytest.fail)
 
     def check_killed(self, workers: list[psutil.Process]) -> None:
         """What is on the disk is a beginning of what it should be; no worker is left behind."""
@@ -114,15 +114,14 @@ class Campaign:
         if self.words[0] == "--resume" or len(orphans) == 2:
             self.words = ["--resume"]
         else:  # killed before both were written down: the user, too, would begin again
-            for file in journal.dead_journals(self.journals):
-                journal.discard(file)
+            forget(self.journals)
             self.begin()
 
     def check_end(self) -> None:
         """Both files are as if nothing had happened."""
         assert self.out.read_text() == self.expected
         assert self.appended.read_text() == BEFORE + self.expected
-        journal.sweep(self.journals)  # as the next LLMOS will
+        sweep(self.journals)  # as the next LLMOS will
         assert not list(self.journals.glob("*"))
         self.finished += 1
         self.begin()

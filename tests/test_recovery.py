@@ -1,15 +1,20 @@
 """Nothing lost: what `--resume` finds after a crash, and what it does not (campaigns: test_kill9)."""
 
+import contextlib
 import fcntl
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from kernel import journal
+from kernel.orphans import read, sweep
+from kernel.process import ProcessSpec
 
 REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
 LLMOS = [sys.executable, "-m", "llmos"]
@@ -88,5 +93,18 @@ def test_a_lock_without_a_journal_is_swept_unless_somebody_holds_it(tmp_path: Pa
         (tmp_path / f"{name}.lock").touch()
     with (tmp_path / "living.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        journal.sweep(tmp_path)
+        sweep(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["living.lock"]
+
+
+def test_what_cannot_be_read_of_a_journal_is_told(tmp_path: Path) -> None:
+    file, told = tmp_path / "1-0.db", list[str]()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.executescript(journal._SCHEMA)
+        for pid, spec in ((2, json.dumps(asdict(ProcessSpec("m", ("go",))))), (3, "{}"), (4, "no JSON")):
+            database.execute(journal._NEW_PROCESS, (pid, 0, spec, "digest", f"uid {pid}", ""))
+        database.commit()
+    assert [orphan.pid for orphan in read(file, told.append)] == [2]
+    assert [line.split(" in ")[0] for line in told] == ["process 3", "process 4"]
+    file.write_bytes(os.urandom(5000))
+    assert not read(file, told.append) and "not a database" in told[-1]

@@ -343,7 +343,7 @@ def test_an_input_without_end_is_refused(shell: Session, monkeypatch: pytest.Mon
     for words in ("--lines < /dev/zero", "-f /dev/zero"):
         status, _, err = shell.script(f"run quick {words}")
         assert status == 1
-        assert "more than 1000 B" in err
+        assert "more than 1.0 KiB" in err
     shell.shell.stdin = io.BytesIO(b"a" * 1001)
     assert "standard input: more than" in shell.script("run quick")[2]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kernel.units import human_bytes
 from llmos import shelf
 from llmos.boot import boot
 from shell.commands.store import fit_of
 from shell.interpreter import run_line
-from shell.render import format_size
 from shell.session import Shell
 from shell.terminal import Output
 from tests import zoo
@@ -328,7 +328,7 @@ def test_a_model_in_parts_is_one_model(shell: Shell, own: Path) -> None:
     size_bytes = sum(part.stat().st_size for part in parts)
     told = json.loads(typed(shell, "show qwen3 --json")[1])
     assert (told["files"], told["info"]["file_bytes"]) == (3, size_bytes)
-    assert f"size          {format_size(size_bytes)} in 3 files" in typed(shell, f"show {parts[0]}")[1]
+    assert f"size          {human_bytes(size_bytes)} in 3 files" in typed(shell, f"show {parts[0]}")[1]
     assert typed(shell, "load qwen3 --ctx 256 --seats 1")[0] == 0
     status, out, _ = typed(shell, "run qwen3 hello --max-tokens 4 --ignore-eos")
     assert status == 0 and out

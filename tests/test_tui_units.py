@@ -7,6 +7,7 @@ from rich.cells import cell_len
 
 from kernel.snapshot import ProcessView, SystemView
 from kernel.syscall import Signal
+from kernel.units import short_time
 from tests.fake_feed import device, many, process, system_view
 from tui import columns
 from tui.dialogs import _signal_line
@@ -14,7 +15,7 @@ from tui.feed import Feed
 from tui.graph import bar, braille
 from tui.roster import HOLD_S, Roster
 from tui.sanitise import one_line, sanitise
-from tui.units import bytes_short, percent, rate_short, time_short
+from tui.units import bytes_short, percent, rate_short
 
 
 def test_braille_fills_from_the_bottom_and_the_newest_is_at_the_right() -> None:
@@ -42,7 +43,7 @@ def test_units_keep_to_their_width() -> None:
     assert [rate_short(n) for n in (0, 48.2, 99.96, 9100, 12_345, 2_000_000)] == [
         "-", "48.2", "100", "9100", "12k", "2.0M",
     ]  # fmt: skip
-    assert [time_short(n) for n in (-1, 100, 4364, 180_000)] == ["0:00", "1:40", "1:12:44", "2d02h"]
+    assert [short_time(n) for n in (-1, 100, 4364, 180_000)] == ["0:00", "1:40", "1:12:44", "2d02h"]
     assert percent(0.571) == "57%"
 
 

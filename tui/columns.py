@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernel.snapshot import ProcessView
+from kernel.units import short_time
 from tui.graph import bar
 from tui.panel import fit
 from tui.sanitise import one_line
-from tui.units import bytes_short, percent, rate_short, time_short
+from tui.units import bytes_short, percent, rate_short
 
 LETTERS = {
     "NEW": "N",
@@ -70,7 +71,7 @@ COLUMNS = (
     Column("KV", 5, 8, lambda v: bytes_short(v.kv_bytes), lambda v: v.kv_bytes, True, True),
     Column("CTX%", 9, 6, _context_cell, _context_share, False, True),
     Column("TOK/S", 6, 1, _rate_cell, _rate_now, True, True),
-    Column("TIME", 8, 5, lambda v: time_short(v.elapsed_s), lambda v: v.elapsed_s, True, True),
+    Column("TIME", 8, 5, lambda v: short_time(v.elapsed_s), lambda v: v.elapsed_s, True, True),
     Column("COMMAND", 0, 3, _command_cell, lambda v: v.command),
 )
 PID = 0

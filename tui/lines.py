@@ -8,11 +8,12 @@ from rich.segment import Segment
 from rich.style import Style
 
 from kernel.snapshot import SystemView
+from kernel.units import short_time
 from tui.columns import LETTERS
 from tui.feed import Feed
 from tui.panel import BOLD, PLAIN, WARN, Line, Panel, fit, words
 from tui.sanitise import one_line
-from tui.units import percent, rate_short, time_short
+from tui.units import percent, rate_short
 
 _KEYS = (  # key, word, action; those that change the system are not shown to who may only look
     ("?", "Help", "help"),
@@ -33,7 +34,7 @@ class Header(Panel):
     def lines(self, width: int, height: int) -> Sequence[Line]:
         view = self.feed.view
         parts = {  # in order of place; the rank says who goes first when room is short
-            f"LLMOS up {time_short(view.uptime_s)}": 3,
+            f"LLMOS up {short_time(view.uptime_s)}": 3,
             _processes(view): 0,
             f"{rate_short(self.feed.history[-1].decode_tokens_per_s)} tok/s": 1,
             f"mem {percent(_memory_share(view))}": 2,

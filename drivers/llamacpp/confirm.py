@@ -43,10 +43,10 @@ def confirm(header: Header, setup: Setup) -> Estimate:
         )
     except subprocess.TimeoutExpired:
         raise ModelInvalid(f"{header.path}: llama.cpp looked at it for {TIME_LIMIT_S:.0f} s") from None
-    return _said(header, setup, done)
+    return _said(header, done)
 
 
-def _said(header: Header, setup: Setup, done: subprocess.CompletedProcess[bytes]) -> Estimate:
+def _said(header: Header, done: subprocess.CompletedProcess[bytes]) -> Estimate:
     if done.returncode < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-done.returncode).name

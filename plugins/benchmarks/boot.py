@@ -144,13 +144,9 @@ def report(rows: Sequence[Row]) -> dict[str, object]:
     return {"aim_ratio": AIM, "rows": [asdict(row) for row in rows]}
 
 
-def _ms(spread: Spread) -> str:
-    return Spread(*(1000 * value for value in (spread.least, spread.median, spread.most))).text(0)
-
-
 _COLUMNS: list[Column[Row]] = [
     Column("WHAT", lambda row: row.what, keep=99),
-    Column("MS", lambda row: _ms(row.elapsed_s), right=True, keep=50),
+    Column("MS", lambda row: row.elapsed_s.text(0, 1000), right=True, keep=50),
     Column("RATIO", lambda row: row.ratio.text(1), right=True, keep=90),
 ]
 

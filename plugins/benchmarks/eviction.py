@@ -15,7 +15,6 @@ from pathlib import Path
 from drivers.sim import SimDriver
 from drivers.simmodel import SimModel
 from kernel.clock import ManualClock
-from kernel.config import KernelConfig
 from kernel.device import (
     DeviceInfo,
     Driver,
@@ -95,7 +94,7 @@ class _Counting(SimDriver):
 class Simulation:
     """A kernel with memory for `PLACES` models, and the requests that have come."""
 
-    def __init__(self, trace: Trace, config: KernelConfig) -> None:
+    def __init__(self, trace: Trace) -> None:
         count = 1 + max(model for _, model in trace)
         self.trace = trace
         self.clock = ManualClock()
@@ -104,7 +103,7 @@ class Simulation:
         device = DeviceInfo("sim0", "sim", "simulated", size)
         self.driver = _Counting([device], sleep=self.clock.sleep, models=names)
         drivers: dict[str, Driver] = {".sim": self.driver}
-        self.kernel = Kernel(Parts(self.clock, drivers, _Catalog(count), config=config, threaded=False))
+        self.kernel = Kernel(Parts(self.clock, drivers, _Catalog(count), threaded=False))
         self.system = Syscalls(self.kernel)
         self.dispatcher = self.kernel.dispatchers["sim0"]
         self.came: list[int] = []  # PIDs, by number of request
@@ -153,15 +152,15 @@ def _first_s(view: ProcessView) -> float:
     return view.started_s + view.first_token_s
 
 
-def ours(trace: Trace, config: KernelConfig | None = None) -> Outcome:
+def ours(trace: Trace) -> Outcome:
     """LLMOS: each request is a process from the moment of its arrival."""
-    sim = Simulation(trace, config or KernelConfig())
+    sim = Simulation(trace)
     return sim.play(sim.spawn)
 
 
 def first_come(trace: Trace) -> Outcome:
     """A queue: who came first starts first; the idle model that was used longest ago makes room."""
-    sim = Simulation(trace, KernelConfig())
+    sim = Simulation(trace)
     queue: list[int] = []
     used: dict[str, None] = {}  # longest ago first
 
@@ -212,10 +211,10 @@ def queued(models: int, seed: int, count: int = REQUESTS) -> Trace:
 TRACES: dict[str, Callable[..., Trace]] = {"skewed": skewed, "alternating": alternating, "queued": queued}
 
 
-def compare(trace: Trace, places: int = PLACES) -> dict[str, float]:
+def compare(trace: Trace) -> dict[str, float]:
     """One row of the report."""
     simple, mine = first_come(trace), ours(trace)
-    ordered, free = in_order(trace, places), reordered(trace, places, mine.wait_max_s)
+    ordered, free = in_order(trace, PLACES), reordered(trace, PLACES, mine.wait_max_s)
     return {
         **{f"lru_{name}": value for name, value in asdict(simple).items()},
         **{f"llmos_{name}": value for name, value in asdict(mine).items()},

@@ -103,7 +103,7 @@ def _forked(machine: Machine, children: int, text: str) -> _Forked:
         copies = sum(view.kv_bytes for view in views) / alone_bytes
         return _Forked(views[0].prompt_tokens, end_s - begin_s, end_s - forks_s, copies)
     finally:
-        _end(machine, pids)
+        machine.end(pids)
 
 
 def _independent(machine: Machine, texts: Sequence[str]) -> float:
@@ -116,19 +116,12 @@ def _independent(machine: Machine, texts: Sequence[str]) -> float:
             _await_text(machine, pid, 0)
         return time.monotonic() - begin_s
     finally:
-        _end(machine, pids)
+        machine.end(pids)
 
 
 def _await_text(machine: Machine, pid: int, offset: int) -> None:
     if not machine.system.read(pid, offset, PATIENCE_S).text:
         raise KernelFault(f"process {pid} says nothing")
-
-
-def _end(machine: Machine, pids: Sequence[int]) -> None:
-    for pid in pids:
-        with suppress(LlmosError):  # it has ended by itself
-            machine.system.signal(pid, Signal.KILL)
-        machine.system.reap(pid)
 
 
 def _arguments(parser: Arguments) -> None:
@@ -160,14 +153,10 @@ def report(path: Path, result: Result) -> dict[str, object]:
     return {"model": str(path), **aims, **asdict(result)}
 
 
-def _ms(spread: Spread) -> str:
-    return Spread(*(1000 * value for value in (spread.least, spread.median, spread.most))).text(0)
-
-
 _COLUMNS: list[Column[Result]] = [
-    Column("FORKED MS", lambda row: _ms(row.forked_s), right=True, keep=60),
-    Column("OF IT FORKS", lambda row: _ms(row.fork_s), right=True, keep=70),
-    Column("INDEPENDENT MS", lambda row: _ms(row.independent_s), right=True, keep=50),
+    Column("FORKED MS", lambda row: row.forked_s.text(0, 1000), right=True, keep=60),
+    Column("OF IT FORKS", lambda row: row.fork_s.text(0, 1000), right=True, keep=70),
+    Column("INDEPENDENT MS", lambda row: row.independent_s.text(0, 1000), right=True, keep=50),
     Column("RATIO", lambda row: row.speedup.text(), right=True, keep=99),
     Column("KV OF ALL / OF ONE", lambda row: row.copies.text(), right=True, keep=90),
 ]

@@ -266,10 +266,6 @@ def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
     }
 
 
-def _ms(tail: Tail) -> str:
-    return Tail(*(1000 * value for value in (tail.p50, tail.p99, tail.most))).text(1)
-
-
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
@@ -278,8 +274,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("SIDE", lambda row: row.side, keep=99),
     Column("BESIDE", lambda row: "batch" if row.loaded else "nothing", keep=98),
     Column("REQUESTS", lambda row: str(row.requests), right=True, keep=50),
-    Column("TO FIRST TOKEN", lambda row: _ms(row.first_token_s), right=True, keep=90),
-    Column("BETWEEN TOKENS", lambda row: _ms(row.gap_s), right=True, keep=80),
+    Column("TO FIRST TOKEN", lambda row: row.first_token_s.text(1, 1000), right=True, keep=90),
+    Column("BETWEEN TOKENS", lambda row: row.gap_s.text(1, 1000), right=True, keep=80),
     Column("BATCH KEPT", lambda row: _percent(row.batch_kept), right=True, keep=70),
     Column("WITH CLIENT'S", lambda row: _percent(row.all_kept), right=True, keep=60),
     Column("LOST S", lambda row: "" if row.lost_s is None else f"{row.lost_s:.2f}", right=True, keep=65),

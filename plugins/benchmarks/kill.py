@@ -244,17 +244,13 @@ def report(path: Path, rows: Sequence[Row]) -> dict[str, object]:
     return {"model": str(path), "aim_steps": AIM_STEPS, "rows": [asdict(row) for row in rows]}
 
 
-def _ms(tail: Tail) -> str:
-    return Tail(*(1000 * value for value in (tail.p50, tail.p99, tail.most))).text(1)
-
-
 _COLUMNS: list[Column[Row]] = [
     Column("SIGNAL", lambda row: row.action, keep=99),
     Column("DURING", lambda row: row.during, keep=98),
     Column("SAMPLES", lambda row: str(row.samples), right=True, keep=50),
     Column("STEPS", lambda row: row.steps.text(), right=True, keep=90),
     Column("BEGUN AFTER", lambda row: row.begun_after.text(), right=True, keep=80),
-    Column("MS", lambda row: _ms(row.latency_s), right=True, keep=70),
+    Column("MS", lambda row: row.latency_s.text(1, 1000), right=True, keep=70),
 ]
 
 SPEC = CommandSpec(

@@ -8,8 +8,8 @@ Not here: what is measured.
 import random
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from kernel.errors import KernelFault, NotPermitted
 from kernel.kernel import Kernel, Parts
 from kernel.process import ProcessSpec
 from kernel.snapshot import ModelView
-from kernel.syscall import Syscalls
+from kernel.syscall import Signal, Syscalls
 from llmos.paths import find_paths, writable
 from llmos.store import Store
 from plugins.benchmarks.progress import Tell
@@ -51,6 +51,13 @@ class Machine:
             nice=nice,
             command="bench",
         )
+
+    def end(self, pids: Iterable[int]) -> None:
+        """Kill them, or those that have not ended by themselves."""
+        for pid in pids:
+            with suppress(NotPermitted):
+                self.system.signal(pid, Signal.KILL)
+            self.system.reap(pid)
 
 
 @contextmanager

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from kernel.errors import KernelFault
 from kernel.syscall import Signal
+from kernel.units import human_bytes
 from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
 from shell.registry import Arguments, CommandSpec
-from shell.render import Column, format_size, write_table
+from shell.render import Column, write_table
 from shell.session import Shell
 
 SIZES = (1024, 4096, 16_384)
@@ -83,7 +84,7 @@ class Bench:
         save_s = time.monotonic() - begin_s
         raw_write_s = self._write_raw()
         swap_out_s, swap_in_s = self._swap(pid)
-        self._end(pid)
+        self.machine.end([pid])
         return Sample(
             view.first_token_s, save_s, self._restore(), swap_out_s, swap_in_s, raw_write_s, file_bytes
         )
@@ -105,7 +106,7 @@ class Bench:
         self._wait_tokens(pid, drawn + 1)
         view = self.system.process(pid)
         assert view.first_token_s is not None
-        self._end(pid)
+        self.machine.end([pid])
         return view.started_s - begin_s + view.first_token_s
 
     def _write_raw(self) -> float:
@@ -123,10 +124,6 @@ class Bench:
             if view.exit_code is not None or time.monotonic() > deadline_s:
                 raise KernelFault(f"a process says nothing: {view.error or view.waits_for}")
             time.sleep(0.0005)
-
-    def _end(self, pid: int) -> None:
-        self.system.signal(pid, Signal.KILL)
-        self.system.reap(pid)
 
 
 def measure(path: Path, sizes: Sequence[int], repeat: int, tell: Tell) -> list[Row]:
@@ -199,7 +196,7 @@ _COLUMNS: list[Column[Row]] = [
     Column("RATIO", lambda row: row.prefill_per_swap.text(1), right=True, keep=85),
     Column("SAVE", lambda row: _ms(row.save_s), right=True, keep=70),
     Column("OF DISK SPEED", lambda row: row.raw_write_per_save.text(2), right=True, keep=60),
-    Column("FILE", lambda row: format_size(row.file_bytes), right=True, keep=50),
+    Column("FILE", lambda row: human_bytes(row.file_bytes), right=True, keep=50),
 ]
 
 SPEC = CommandSpec(

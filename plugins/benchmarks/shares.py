@@ -9,12 +9,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kernel.errors import KernelFault, LlmosError, TimedOut
-from kernel.syscall import Signal
+from kernel.errors import KernelFault, TimedOut
 from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.spread import Spread
@@ -66,10 +64,7 @@ def _count(machine: Machine, tokens: int, number: int) -> list[int]:
         before = _look(machine, pids, lambda drawn: sum(drawn) >= START_TOKENS)
         after = _look(machine, pids, lambda drawn: sum(drawn) - sum(before) >= tokens)
     finally:
-        for pid in pids:
-            with suppress(LlmosError):  # it has ended by itself
-                machine.system.signal(pid, Signal.KILL)
-            machine.system.reap(pid)
+        machine.end(pids)
     return [late - early for early, late in zip(before, after, strict=True)]
 
 
@@ -134,15 +129,11 @@ def report(path: Path, tokens: int, rows: Sequence[Row]) -> dict[str, object]:
     }
 
 
-def _percent(spread: Spread) -> str:
-    return Spread(*(100 * value for value in (spread.least, spread.median, spread.most))).text()
-
-
 _COLUMNS: list[Column[Row]] = [
     Column("WEIGHT", lambda row: f"{row.weight:g}", right=True, keep=99),
     Column("DUE %", lambda row: f"{100 * row.due_share:.2f}", right=True, keep=90),
-    Column("SHARE %", lambda row: _percent(row.share), right=True, keep=95),
-    Column("ERROR %", lambda row: _percent(row.error), right=True, keep=80),
+    Column("SHARE %", lambda row: row.share.text(2, 100), right=True, keep=95),
+    Column("ERROR %", lambda row: row.error.text(2, 100), right=True, keep=80),
 ]
 
 SPEC = CommandSpec(

@@ -18,9 +18,12 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(min(values), median(values), max(values))
 
-    def text(self, digits: int = 2) -> str:
+    def text(self, digits: int = 2, scale: float = 1.0) -> str:
         """`0.97 (0.95 to 0.99)`"""
-        return f"{self.median:.{digits}f} ({self.least:.{digits}f} to {self.most:.{digits}f})"
+        least, median, most = (
+            f"{scale * value:.{digits}f}" for value in (self.least, self.median, self.most)
+        )
+        return f"{median} ({least} to {most})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,9 @@ class Tail:
         ordered = sorted(values)
         return cls(_rank(ordered, 0.5), _rank(ordered, 0.99), ordered[-1])
 
-    def text(self, digits: int = 0) -> str:
+    def text(self, digits: int = 0, scale: float = 1.0) -> str:
         """`1 / 1 / 2`"""
-        return " / ".join(f"{value:.{digits}f}" for value in (self.p50, self.p99, self.most))
+        return " / ".join(f"{scale * value:.{digits}f}" for value in (self.p50, self.p99, self.most))
 
 
 def _rank(ordered: Sequence[float], fraction: float) -> float:

@@ -5,11 +5,11 @@ Not here: the conversation on a terminal (conversation), its line editor (chat_p
 
 import argparse
 from contextlib import suppress
+from dataclasses import replace
 
 from kernel.errors import NotPermitted, UsageError
-from kernel.syscall import ProcessSpec
-from shell.commands.run import content_of, reply_arguments, sampling_of, say_waiting, waits
-from shell.jobs import can_talk, sink_of, start
+from shell.commands.run import content_of, reply_arguments, say_waiting, spec_of
+from shell.jobs import can_talk, start
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
 
@@ -28,23 +28,7 @@ def _chat(shell: Shell, args: argparse.Namespace) -> int:
     if not turns and not stays:
         hint = f"`chat {args.model} < FILE`: each line that is not empty is a turn"
         raise UsageError("chat: nothing to say, and no terminal to say it at", hint)
-    spec = ProcessSpec(
-        model=args.model,
-        prompts=turns,
-        program="chat",
-        system=args.system,
-        sampling=sampling_of(args),
-        max_tokens=args.max_tokens,
-        nice=shell.frame.nice if args.nice is None else args.nice,
-        command=shell.frame.line,
-        context_tokens=args.ctx,
-        sink=sink_of(shell.frame),
-        cpus=args.cpus,
-        gpus=args.gpus,
-        mem_bytes=args.mem,
-        wait=waits(shell, args),
-    )
-    pid = shell.system.spawn(spec)
+    pid = shell.system.spawn(replace(spec_of(shell, args, turns), program="chat"))
     if not stays or shell.frame.background:  # a conversation says itself what it waits for
         say_waiting(shell, pid)
     if not stays:

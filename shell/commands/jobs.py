@@ -7,10 +7,10 @@ from contextlib import suppress
 from kernel.errors import NotPermitted
 from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
+from kernel.units import short_time
 from shell.jobs import Job, foreground, labelled
 from shell.process_table import state_letter
 from shell.registry import Arguments, CommandSpec
-from shell.render import format_duration
 from shell.session import Shell
 from shell.terminal import one_line
 
@@ -60,7 +60,7 @@ def _state(job: Job, view: ProcessView) -> str:
 
 def _facts(view: ProcessView) -> str:
     progress = f"{view.items_done}/{view.items_total} · " if view.items_total > 1 else ""
-    return f"{progress}{view.output_tokens} tok · {format_duration(view.elapsed_s)}"
+    return f"{progress}{view.output_tokens} tok · {short_time(view.elapsed_s)}"
 
 
 def _job_argument(parser: Arguments) -> None:

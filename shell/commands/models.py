@@ -16,21 +16,14 @@ from kernel.errors import (
 )
 from kernel.snapshot import ModelView, SystemView
 from kernel.syscall import EngineOptions, ModelInfo
+from kernel.units import human_bytes, short_bytes, short_time
 from shell.commands.run import add_wait, tokens, waits
 from shell.commands.store import fit_of, sizes_of
-from shell.jobs import sink_of, start
+from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
-from shell.render import (
-    Column,
-    bar,
-    format_bytes,
-    format_count,
-    format_duration,
-    format_size,
-    to_json,
-    write_table,
-)
+from shell.render import Column, bar, short_count, to_json, write_table
 from shell.session import Shell
+from shell.sink import sink_of
 
 _POLL_S = 0.1
 _CHECKPOINT = b"LLMOSCKP"
@@ -96,7 +89,7 @@ def _dry_run(shell: Shell, args: Namespace) -> int:
         return 0
     shell.out.line(f"{'':<8} {'estimate':>10} {'dry run':>10}")
     for kind in columns["estimate"]:
-        cells = " ".join(f"{format_size(column[kind]):>10}" for column in columns.values())
+        cells = " ".join(f"{human_bytes(column[kind]):>10}" for column in columns.values())
         shell.out.line(f"{kind.removesuffix('_bytes'):<8} {cells}")
     shell.out.line(f"fits in {fits:>11}")
     return 0
@@ -146,11 +139,11 @@ def _progress(view: ModelView, elapsed_s: float, width: int) -> str:
     """`nano  ▇▇▇░░  81%  4.1/5.1 GiB  2.3 GB/s  eta 0:01`"""
     total = view.info.file_bytes if view.info else 0
     if view.state != "loading":
-        return f"{view.name}  waits for memory  {format_duration(elapsed_s)}"
+        return f"{view.name}  waits for memory  {short_time(elapsed_s)}"
     done = int(total * view.load_progress)
     rate = done / elapsed_s if elapsed_s else 0.0
-    eta = format_duration((total - done) / rate) if rate else "-:--"
-    sizes = f"{format_bytes(done)}/{format_bytes(total)}"
+    eta = short_time((total - done) / rate) if rate else "-:--"
+    sizes = f"{short_bytes(done)}/{short_bytes(total)}"
     drawn = f"{bar(view.load_progress, width)} {view.load_progress:4.0%}"
     return f"{view.name}  {drawn}  {sizes}  {rate / 1e9:.1f} GB/s  eta {eta}"
 
@@ -159,7 +152,7 @@ def _loaded(view: ModelView, seconds: float) -> str:
     text = f"loaded {view.name}"
     if view.engine:
         text += (
-            f"  {format_size(view.engine.weights_bytes)} + KV {format_size(view.engine.kv_bytes)} reserved"
+            f"  {human_bytes(view.engine.weights_bytes)} + KV {human_bytes(view.engine.kv_bytes)} reserved"
         )
     return f"{text} in {seconds:.1f} s   {view.device}"
 
@@ -190,7 +183,7 @@ def _unload_or_say(shell: Shell, name: str, *, keep: bool) -> bool:
             raise
         shell.note(f"kept: {error.message}")
         return False
-    shell.note(f"unloaded {name}, freed {format_size(freed_bytes)}")
+    shell.note(f"unloaded {name}, freed {human_bytes(freed_bytes)}")
     return True
 
 
@@ -264,8 +257,8 @@ _COLUMNS: list[Column[_Row]] = [
     Column("STATE", _state, keep=90, colour=lambda r: _STATE_COLOURS.get(r.view.state, "")),
     Column("DEV", lambda r: r.view.device or "-", keep=30),
     Column("FIT", lambda r: r.fit or "-", keep=55),
-    Column("SIZE", lambda r: format_bytes(r.info.file_bytes) if r.info else "-", right=True, keep=80),
-    Column("PARAMS", lambda r: format_count(r.info.parameters) if r.info else "-", right=True, keep=60),
+    Column("SIZE", lambda r: short_bytes(r.info.file_bytes) if r.info else "-", right=True, keep=80),
+    Column("PARAMS", lambda r: short_count(r.info.parameters) if r.info else "-", right=True, keep=60),
     Column("QUANT", lambda r: r.info.quantization if r.info else "-", keep=50),
     Column("CTX", lambda r: str(r.info.context_tokens) if r.info else "-", right=True, keep=40),
     Column("PROCS", lambda r: str(r.view.processes), right=True, keep=70),

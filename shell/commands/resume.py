@@ -6,10 +6,11 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from kernel.errors import LlmosError
-from shell.jobs import reopen_sink, start
+from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
 from shell.render import Column, write_table
 from shell.session import Frame, Shell
+from shell.sink import reopen_sink
 
 if TYPE_CHECKING:
     from kernel.syscall import Orphan

@@ -6,12 +6,13 @@ from typing import BinaryIO
 
 from kernel.errors import LlmosError, UsageError
 from kernel.syscall import ProcessSpec, Sampling
+from kernel.units import human_bytes
 from shell.commands.targets import pid_of
 from shell.files import open_file
-from shell.jobs import sink_of, start
+from shell.jobs import start
 from shell.registry import Arguments, CommandSpec
-from shell.render import format_size
 from shell.session import Shell
+from shell.sink import sink_of
 
 _INPUT_MAX_BYTES = 256 << 20
 _THREADS_MAX = 16  # at once, where nobody says how many
@@ -111,24 +112,13 @@ def reply_arguments(parser: Arguments) -> None:
 def _run(shell: Shell, args: argparse.Namespace) -> int:
     if args.raw and args.system:
         raise UsageError("run: --system is part of the chat template, which --raw leaves out")
-    spec = ProcessSpec(
-        model=args.model,
-        prompts=_prompts(shell, args),
-        system=args.system,
+    threads = args.threads or min(args.samples, _THREADS_MAX)
+    spec = replace(
+        spec_of(shell, args, _prompts(shell, args)),
         lines=args.lines,
         raw=args.raw,
-        sampling=sampling_of(args),
-        max_tokens=args.max_tokens,
-        nice=shell.frame.nice if args.nice is None else args.nice,
-        command=shell.frame.line,
-        context_tokens=args.ctx,
-        sink=sink_of(shell.frame),
-        threads=args.threads or min(args.samples, _THREADS_MAX),
+        threads=threads,
         samples=args.samples,
-        cpus=args.cpus,
-        gpus=args.gpus,
-        mem_bytes=args.mem,
-        wait=waits(shell, args),
     )
     pid = shell.system.spawn(spec)
     say_waiting(shell, pid)
@@ -142,8 +132,26 @@ def say_waiting(shell: Shell, pid: int) -> None:
         shell.note(f"{pid} waits for {view.waits_for}")
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """What `reply_arguments` were given; the defaults for what was not."""
+def spec_of(shell: Shell, args: argparse.Namespace, prompts: tuple[str, ...]) -> ProcessSpec:
+    """A process as `reply_arguments` were given."""
+    return ProcessSpec(
+        model=args.model,
+        prompts=prompts,
+        system=args.system,
+        sampling=_sampling(args),
+        max_tokens=args.max_tokens,
+        nice=shell.frame.nice if args.nice is None else args.nice,
+        command=shell.frame.line,
+        context_tokens=args.ctx,
+        sink=sink_of(shell.frame),
+        cpus=args.cpus,
+        gpus=args.gpus,
+        mem_bytes=args.mem,
+        wait=waits(shell, args),
+    )
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "exact")
     return replace(
         Sampling(), **{name: value for name in names if (value := getattr(args, name, None)) is not None}
@@ -191,7 +199,7 @@ def _read(file: BinaryIO, name: str) -> str:
         raise LlmosError(f"{name}: {error.strerror}") from error
     if len(content) > _INPUT_MAX_BYTES:
         hint = "all of the input is read before the first answer: `split` it"
-        raise LlmosError(f"{name}: more than {format_size(_INPUT_MAX_BYTES)}", hint)
+        raise LlmosError(f"{name}: more than {human_bytes(_INPUT_MAX_BYTES)}", hint)
     return content.decode("utf-8", "surrogateescape")
 
 

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from kernel.errors import LlmosError, UsageError
+from kernel.units import human_bytes
 from shell.commands.store import ModelStore, ProgressBar, interruptible
 from shell.commands.targets import pid_of
 from shell.files import path_of
 from shell.registry import Arguments, CommandSpec
-from shell.render import format_size
 from shell.session import Shell
 
 
@@ -39,7 +39,7 @@ def _save(store: ModelStore | None, shell: Shell, args: Namespace) -> int:
 
 def _save_process(shell: Shell, pid: int, file: Path) -> None:
     size = shell.system.save(pid, file)
-    shell.note(f"{file}  {format_size(size)}")
+    shell.note(f"{file}  {human_bytes(size)}")
 
 
 def _save_all(shell: Shell, folder: Path) -> int:
@@ -71,7 +71,7 @@ def _save_model(store: ModelStore | None, shell: Shell, model: str, file: Path) 
         interruptible(shell, "save", lambda: store.export(model, file, drawn.draw))
     finally:
         drawn.clear()
-    shell.note(f"{file}  {format_size(file.stat().st_size)}")
+    shell.note(f"{file}  {human_bytes(file.stat().st_size)}")
 
 
 def save_command(store: ModelStore | None) -> CommandSpec:

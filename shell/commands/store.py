@@ -17,8 +17,9 @@ from typing import Protocol, TypeVar
 from kernel.errors import Interrupted, ModelNotFound, NotPermitted, UsageError
 from kernel.snapshot import SystemView
 from kernel.syscall import Estimate, ModelInfo
+from kernel.units import human_bytes, short_bytes, short_time
 from shell.registry import Arguments, CommandSpec
-from shell.render import bar, format_bytes, format_count, format_duration, format_size, to_json
+from shell.render import bar, short_count, to_json
 from shell.session import Shell
 from shell.terminal import fit, one_line
 
@@ -112,7 +113,7 @@ def _rows(facts: Facts, info: ModelInfo, estimate: Estimate, fits: str) -> list[
         "KV": estimate.kv_bytes,
         "compute": estimate.compute_bytes,
     }
-    needs = " + ".join(f"{kind} {format_size(size)}" for kind, size in parts.items())
+    needs = " + ".join(f"{kind} {human_bytes(size)}" for kind, size in parts.items())
     files = f" in {facts.files} files" if facts.files > 1 else ""
     return [
         ("name", facts.name),
@@ -120,13 +121,13 @@ def _rows(facts: Facts, info: ModelInfo, estimate: Estimate, fits: str) -> list[
         ("from", facts.origin),
         *((label.replace("_", " "), text) for label, text in facts.metadata.items()),
         ("architecture", info.architecture),
-        ("parameters", format_count(info.parameters)),
+        ("parameters", short_count(info.parameters)),
         ("quantization", info.quantization),
-        ("size", format_size(facts.size_bytes) + files),
+        ("size", human_bytes(facts.size_bytes) + files),
         ("context", f"{info.context_tokens} tokens"),
-        ("KV", f"{format_size(info.kv_bytes_per_token)} per token" if info.kv_bytes_per_token else "none"),
+        ("KV", f"{human_bytes(info.kv_bytes_per_token)} per token" if info.kv_bytes_per_token else "none"),
         ("chat template", "yes" if facts.chat_template else "no"),
-        ("needs", f"{needs} = {format_size(estimate.total_bytes)}"),
+        ("needs", f"{needs} = {human_bytes(estimate.total_bytes)}"),
         ("fits in", fits),
     ]
 
@@ -155,7 +156,7 @@ def _pull(store: ModelStore, shell: Shell, args: Namespace) -> int:
         name = interruptible(shell, "pull", lambda: store.pull(args.source, drawn.draw))
     finally:
         drawn.clear()
-    shell.note(f"pulled {name} in {format_duration(time.monotonic() - began_s)}")
+    shell.note(f"pulled {name} in {short_time(time.monotonic() - began_s)}")
     return 0
 
 
@@ -178,11 +179,9 @@ class ProgressBar:
 
     def _text(self, name: str, done: int, total: int, now_s: float, width: int) -> str:
         rate = self._rate(now_s, done)
-        eta = format_duration((total - done) / rate) if rate else "-:--"
+        eta = short_time((total - done) / rate) if rate else "-:--"
         share = done / total if total else 1.0
-        numbers = (
-            f"{share:4.0%}  {format_bytes(done)}/{format_bytes(total)}  {rate / 1e6:.1f} MB/s  eta {eta}"
-        )
+        numbers = f"{share:4.0%}  {short_bytes(done)}/{short_bytes(total)}  {rate / 1e6:.1f} MB/s  eta {eta}"
         room = width - len(numbers) - 4
         shown = fit(name, max(room - 10, 10))
         return f"{shown} {bar(share, room - len(shown))} {numbers}" if room > 15 else f"{share:4.0%} {name}"
@@ -232,10 +231,10 @@ def _rm_arguments(parser: Arguments) -> None:
 def _rm(store: ModelStore, shell: Shell, args: Namespace) -> int:
     model = store.owned(args.model)
     _check_unused(shell, model)
-    if not args.yes and not _confirmed(shell, f"remove {model.name}, {format_size(model.size_bytes)}?"):
+    if not args.yes and not _confirmed(shell, f"remove {model.name}, {human_bytes(model.size_bytes)}?"):
         return 1
     freed = store.remove(model.name)
-    shell.note(f"removed {model.name}, freed {format_size(freed)}")
+    shell.note(f"removed {model.name}, freed {human_bytes(freed)}")
     return 0
 
 

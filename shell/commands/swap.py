@@ -2,16 +2,16 @@
 
 from argparse import Namespace
 
+from kernel.units import human_bytes
 from shell.commands.targets import add_targets, for_each
 from shell.registry import CommandSpec
-from shell.render import format_size
 from shell.session import Shell
 
 
 def _swapout(shell: Shell, args: Namespace) -> int:
     def act(pid: int) -> None:
         moved_bytes = shell.system.swap_out(pid)
-        shell.note(f"{pid} is swapped out: {format_size(moved_bytes)} kept")
+        shell.note(f"{pid} is swapped out: {human_bytes(moved_bytes)} kept")
 
     return for_each(shell, args.targets, act)
 

@@ -9,9 +9,10 @@ from datetime import datetime
 from kernel.errors import UsageError
 from kernel.snapshot import LogView, PoolView, ShareView, SystemView
 from kernel.syscall import HostSample
+from kernel.units import short_bytes, short_time
 from shell.process_table import process_columns, state_counts
 from shell.registry import Arguments, CommandSpec
-from shell.render import Column, bar, format_bytes, format_duration, to_json, write_table
+from shell.render import Column, bar, to_json, write_table
 from shell.session import Shell
 from shell.terminal import one_line
 
@@ -45,7 +46,7 @@ def _print_frame(shell: Shell, view: SystemView) -> None:
         out.line(f"{device.info.name:8} {busy}  {rates}  batch {device.batch:.1f}  queue {device.runnable}")
     for pool in view.pools:
         used = pool.used_bytes / pool.capacity_bytes if pool.capacity_bytes else 0.0
-        sizes = f"{format_bytes(pool.used_bytes)}/{format_bytes(pool.capacity_bytes)}"
+        sizes = f"{short_bytes(pool.used_bytes)}/{short_bytes(pool.capacity_bytes)}"
         out.line(f"{pool.name:8} {bar(used, 10)} {used:4.0%}  {sizes}")
     out.line()
     write_table(out, process_columns(shell), view.processes)
@@ -56,7 +57,7 @@ def _uptime_line(view: SystemView) -> str:
     rate = sum(device.tokens_per_s for device in view.devices)
     count = len(view.processes)
     processes = f"{count} process{'' if count == 1 else 'es'} {state_counts(view.processes)}".rstrip()
-    return f"{clock} up {format_duration(view.uptime_s)}, {processes}, {rate:.0f} tok/s, policy {view.policy}"
+    return f"{clock} up {short_time(view.uptime_s)}, {processes}, {rate:.0f} tok/s, policy {view.policy}"
 
 
 def _uptime_arguments(parser: Arguments) -> None:
@@ -81,9 +82,9 @@ def _host_lines(host: HostSample | None) -> list[str]:
     if host is None:
         return []
     load = " ".join(f"{mean:.2f}" for mean in host.load_average)
-    lines = [f"load {load} · LLMOS and its workers hold {format_bytes(host.ram_ours_bytes)} of memory"]
+    lines = [f"load {load} · LLMOS and its workers hold {short_bytes(host.ram_ours_bytes)} of memory"]
     for gpu in host.gpus:
-        used, total = format_bytes(gpu.memory_used_bytes), format_bytes(gpu.memory_total_bytes)
+        used, total = short_bytes(gpu.memory_used_bytes), short_bytes(gpu.memory_total_bytes)
         facts = (("%", gpu.utilization_percent), (" °C", gpu.temperature_c), (" W", gpu.power_w))
         told = " · ".join(f"{value:.0f}{unit}" for unit, value in facts if value is not None)
         lines.append(f"{gpu.name} {used}/{total} · {told}")
@@ -118,7 +119,7 @@ def _free(shell: Shell, args: Namespace) -> int:
             return ""
         if row.milli:
             return f"{value / 1000:g}"
-        return str(value) if args.bytes else format_bytes(value)
+        return str(value) if args.bytes else short_bytes(value)
 
     columns: list[Column[_MemoryRow]] = [
         Column("POOL", lambda row: row.name, keep=99, flexible=True),
