@@ -195,7 +195,7 @@ class Recovery:
 
     def _twin(self, parent: Process, model: Model, spec: ProcessSpec) -> Process:
         """On the dispatcher's thread, so that tokens and KV agree: a row like another's."""
-        taken, dispatcher = self._take(parent, model, kv=False), self.kernel.dispatcher_of(model)
+        taken, dispatcher = self._take(parent, model, "", kv=False), self.kernel.dispatcher_of(model)
         sources = self._at_work(parent)
         with self.kernel.table.lock:
             self.kernel.table.alive(parent.pid)
@@ -218,17 +218,19 @@ class Recovery:
 
     def _taken(self, pid: int) -> "Checkpoint":
         """Raises ProcessNotFound, NotPermitted (it has ended)."""
+        from kernel import checkpoint
+
         with self.kernel.table.lock:
             process = self.kernel.table.alive(pid)
             model = self.kernel.models[process.model]
-        return self.kernel.on_dispatcher(model, lambda: self._take(process, model))
+        digest = checkpoint.model_digest(model.info.path)
+        return self.kernel.on_dispatcher(model, lambda: self._take(process, model, digest))
 
-    def _take(self, process: Process, model: Model, *, kv: bool = True) -> "Checkpoint":
+    def _take(self, process: Process, model: Model, digest: str, *, kv: bool = True) -> "Checkpoint":
         """A checkpoint of a process; on its dispatcher's thread, so that tokens and KV agree."""
         from kernel import checkpoint
 
         self.kernel.dispatcher_of(model).drain()
-        digest = checkpoint.model_digest(model.info.path)
         states = [(each, self._kv(model, each) if kv else None) for each in self._at_work(process)]
         with self.kernel.table.lock:
             self.kernel.table.alive(process.pid)
