@@ -15,11 +15,7 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import (
-    ContextFull,
-    LlmosError,
-    WorkerDied,
-)
+from kernel.errors import ContextFull, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate

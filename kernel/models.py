@@ -137,15 +137,13 @@ class Model:
         return self.reload_s() / max(1, self.held_bytes()) / far_s
 
     def free_seat(self) -> int | None:
-        """The lowest free seat: engines like them contiguous."""
+        """The lowest seat that a sequence can be opened on now, as far as we know. Engines like no gaps."""
+        if self.kv_short:
+            return None
         for seat, thread in enumerate(self.seats):
             if thread is None and seat not in self.draining and seat not in self.to_close:
                 return seat
         return None
-
-    def has_seat(self) -> bool:
-        """Whether a sequence can be opened now, as far as we know."""
-        return not self.kv_short and self.free_seat() is not None
 
     def vacate(self, thread: Thread, last_quantum: int) -> None:
         """Take a thread off its seat. The seat is reused once the engine has closed it and quanta up

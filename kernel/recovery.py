@@ -136,14 +136,14 @@ class Recovery:
                     raise LlmosError("the journal cannot be written")  # it stays safe in the other
         except LlmosError:
             if process is not None:  # it is still in the other: it must not go on twice
-                self._undo(process)
+                self._undo(process, 128 + Signal.KILL)
             raise
         return process
 
-    def _undo(self, process: Process) -> None:
+    def _undo(self, process: Process, exit_code: int) -> None:
         with self.kernel.table.lock:
             if process.alive:
-                self.kernel.ended(process, 128 + Signal.KILL)
+                self.kernel.ended(process, exit_code)
             self.kernel.table.reap(process)
             self.kernel.touched(process)
 
@@ -205,9 +205,7 @@ class Recovery:
             for source, thread in zip(sources, process.threads, strict=False):
                 dispatcher.seats.copy(model, source, thread)
         except Exception:  # no memory, say: it never was
-            with self.kernel.table.lock:
-                self.kernel.ended(process, KernelFault.exit_code)
-                self.kernel.table.reap(process)
+            self._undo(process, KernelFault.exit_code)
             raise
         return process
 

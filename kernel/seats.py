@@ -32,7 +32,7 @@ class Seats:
 
     def has_room(self, model: Model, thread: Thread) -> bool:
         """Whether a runnable thread has a seat, or would get one now. With the table's lock held."""
-        if thread.seat is not None or model.has_seat():
+        if thread.seat is not None or model.free_seat() is not None:
             return True
         return bool(model.seats) and self._victim(model, thread) is not None
 
@@ -46,7 +46,7 @@ class Seats:
                 if thread is None:
                     return worked
                 victim = None
-                if not model.has_seat():
+                if model.free_seat() is None:
                     victim = self._victim(model, thread) if model.contested else None
                     model.contested = victim is not None
                 if victim is None and not self._sit(model, thread):
@@ -63,9 +63,9 @@ class Seats:
 
     @staticmethod
     def _sit(model: Model, thread: Thread) -> bool:
-        """Take the lowest free seat, if there is one, and KV memory for it as far as we know."""
+        """Take the lowest free seat, if there is one."""
         seat = model.free_seat()
-        if seat is None or model.kv_short:
+        if seat is None:
             return False
         thread.seat = seat
         model.seats[seat] = thread
@@ -222,7 +222,7 @@ class Seats:
 
     def _copy_seat(self, model: Model, source: Thread, thread: Thread) -> bool:
         with self._table.lock:
-            if not model.has_seat() or not self._sit(model, thread):
+            if not self._sit(model, thread):
                 return False
         assert source.seat is not None and thread.seat is not None
         try:

@@ -21,14 +21,13 @@ RAM, DISK = "ram", "disk"
 class SwappedKv:
     """One thread's KV state; its bytes are claimed until it is freed. Fills `process.Swapped`."""
 
-    __slots__ = ("_blob", "_file", "_free", "size_bytes", "where")
+    __slots__ = ("_blob", "_file", "_free", "size_bytes")
 
     def __init__(
         self, blob: bytes | None, file: IO[bytes] | None, size_bytes: int, free: Callable[[], None]
     ) -> None:
         self._blob, self._file, self._free = blob, file, free
         self.size_bytes = size_bytes
-        self.where = RAM if file is None else DISK
 
     def read(self) -> bytes | None:
         """None if the disk does not give it back."""

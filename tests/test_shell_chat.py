@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from pty_kit import on_terminal
 from shell_kit import Session, session
 
 from kernel.snapshot import ProcessView
@@ -332,19 +332,8 @@ def test_system_goes_to_the_model_with_run_too(shell: Session) -> None:
 @contextmanager
 def llmos(*words: str) -> Iterator[pexpect.spawn]:
     environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "NO_COLOR": "1"}
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "llmos", *words],
-        env=environment,
-        dimensions=(24, 70),
-        encoding="utf-8",
-        timeout=30,
-    )
-    child.delaybeforesend = None
-    try:
+    with on_terminal(["-m", "llmos", *words], environment, 70, 30) as child:
         yield child
-    finally:
-        child.close(force=True)
 
 
 def say(child: pexpect.spawn, text: str, answer: str) -> None:

@@ -1,13 +1,13 @@
 """^C, ^Z and narrow or dumb terminals, in a real pseudo-terminal."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pexpect
 import pytest
+from pty_kit import on_terminal
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -31,19 +31,8 @@ sys.exit(code)
 def spawned(*argv: str, columns: int = 80, **environment: str) -> Iterator[pexpect.spawn]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     base = {**os.environ, "PYTHONPATH": paths, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm", "NO_COLOR": "1"}
-    child = pexpect.spawn(
-        sys.executable,
-        ["-c", PROGRAM, *argv],
-        env={**base, **environment},
-        dimensions=(24, columns),
-        encoding="utf-8",
-        timeout=20,
-    )
-    child.delaybeforesend = None
-    try:
+    with on_terminal(["-c", PROGRAM, *argv], {**base, **environment}, columns, 20) as child:
         yield child
-    finally:
-        child.close(force=True)
 
 
 def ask(child: pexpect.spawn, line: str, answer: str) -> None:

@@ -1,0 +1,27 @@
+"""A program of ours on a terminal of its own."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pexpect
+
+
+@contextmanager
+def on_terminal(
+    words: list[str], environment: Mapping[str, str], columns: int, timeout_s: int
+) -> Iterator[pexpect.spawn]:
+    """Python with these words; it is gone at the end, whatever it does."""
+    child = pexpect.spawn(
+        sys.executable,
+        words,
+        env=environment,
+        dimensions=(24, columns),
+        encoding="utf-8",
+        timeout=timeout_s,
+    )
+    child.delaybeforesend = None
+    try:
+        yield child
+    finally:
+        child.close(force=True)
