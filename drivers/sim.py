@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drivers.brake import AbortFlag
+from drivers.commons import Commons
 from drivers.prefixes import Prefixes, common_tokens
 from drivers.prompt_queue import PromptQueue
 from drivers.simmodel import SimFaults, SimModel, error_named, read_model
@@ -126,6 +127,7 @@ class SimEngine:
         self._sequences: dict[int, _Sequence] = {}
         self._kept: dict[int, _Sequence] = {}  # what closed ones left on their seats, if it is shared
         self._prefixes: Prefixes[int] = Prefixes()
+        self._commons = Commons()  # what forks have in common
         self._queue = PromptQueue()
         self._steps = 0
         self._calls: dict[str, int] = {}
@@ -174,12 +176,16 @@ class SimEngine:
 
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         twin = replace(self._held(source))
-        self._reserve(target, len(twin.tokens))
+        self._reserve(target, twin.pending_tokens)
         twin.tokens = list(twin.tokens)
         if sampling is not None:
             twin.seed, twin.ignore_eos = self._seed(sampling), sampling.ignore_eos
         self._sit(target, twin)
+        self._commons.share(source, target, twin.computed_tokens)
         self._queue.drop(target)
+
+    def borrowed_tokens(self) -> dict[int, int]:
+        return self._commons.borrowed(sorted(self._sequences))
 
     def dump(self, seq: int) -> bytes:
         self._perhaps_fail("dump", self._faults.fail_dump_at)
@@ -207,6 +213,7 @@ class SimEngine:
 
     def close(self, seq: int) -> None:
         sequence = self._sequences.pop(seq, None)
+        self._commons.cut(seq, 0)
         if sequence is not None and self._model.shares_prefixes:
             self._kept[seq] = sequence
         self._queue.drop(seq)
@@ -225,6 +232,7 @@ class SimEngine:
     def _sit(self, seq: int, sequence: _Sequence) -> None:
         """Put a sequence on a seat; what was there, or was kept there, is lost."""
         self._sequences[self._seat(seq)] = sequence
+        self._commons.cut(seq, 0)
         self._kept.pop(seq, None)
         self._prefixes.forget(seq)
 
@@ -244,7 +252,8 @@ class SimEngine:
 
     def _free_tokens(self, but: int) -> int:
         """Room in the KV pool, but for what one seat holds."""
-        held = sum(len(each.tokens) for seq, each in self._sequences.items() if seq != but)
+        others = {seq: len(each.tokens) for seq, each in self._sequences.items() if seq != but}
+        held = sum(others.values()) - sum(self._commons.borrowed(others).values())
         return self._model.kv_pool_tokens - held
 
     def _reserve(self, seq: int, tokens: int) -> None:

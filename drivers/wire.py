@@ -10,7 +10,7 @@ Not here: who sends what when (worker, worker_main), processes (child), shared m
 import json
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -58,6 +58,7 @@ class Kind(IntEnum):
     RESTORE = 7
     CLOSE = 8
     QUEUE = 9
+    BORROWED = 10
     READY = 16
     PROGRESS = 17
     LOG = 18
@@ -315,6 +316,17 @@ def decode_opened(header: object) -> Opened:
         case [list(tokens), int(shared_tokens)]:
             return Opened(ints_of(tokens), shared_tokens)
     raise Nonsense("opened")
+
+
+def encode_borrowed(borrowed: Mapping[int, int]) -> list[object]:
+    return [list(borrowed), list(borrowed.values())]
+
+
+def decode_borrowed(header: object) -> dict[int, int]:
+    match header:
+        case [list(seqs), list(tokens)] if len(seqs) == len(tokens):
+            return dict(zip(ints_of(seqs), ints_of(tokens), strict=True))
+    raise Nonsense("borrowed tokens")
 
 
 def decode_end(header: object) -> QuantumEnd:

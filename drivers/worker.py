@@ -137,6 +137,11 @@ class WorkerHost:
         drawn = None if sampling is None else wire.encode_sampling(sampling)
         self._call(Frame(Kind.FORK, [source, target, drawn]), vacates=target)
 
+    def borrowed_tokens(self) -> dict[int, int]:
+        answer = self._call(Frame(Kind.BORROWED))
+        with self._making_sense():
+            return wire.decode_borrowed(answer.header)
+
     def dump(self, seq: int) -> bytes:
         return self._call(Frame(Kind.DUMP, [seq])).blob
 

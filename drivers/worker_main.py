@@ -99,6 +99,7 @@ class Worker:
             Kind.OPEN: self._open,
             Kind.FEED: self._feed,
             Kind.FORK: self._fork,
+            Kind.BORROWED: self._borrowed,
             Kind.DUMP: self._dump,
             Kind.RESTORE: self._restore,
         }
@@ -172,6 +173,9 @@ class Worker:
         sampling = None if drawn is None else wire.decode_sampling(drawn)
         self._engine.fork(_int(source), _int(target), sampling)
         return Frame(Kind.REPLY)
+
+    def _borrowed(self, _frame: Frame) -> Frame:
+        return Frame(Kind.REPLY, wire.encode_borrowed(self._engine.borrowed_tokens()))
 
     def _dump(self, frame: Frame) -> Frame:
         (seq,) = _items(frame, 1)

@@ -257,7 +257,14 @@ class Engine(Protocol):
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         """Make `target` a copy of `source`, KV included; with `sampling`, its next tokens are drawn so.
 
+        Not necessarily in bytes of its own: both may go on from the same KV.
         The tokens that the source has drawn already are common to both. Raises UsageError.
+        """
+
+    def borrowed_tokens(self) -> Mapping[int, int]:
+        """By sequence: how many of its first tokens have KV that one of lower number has in the same bytes.
+
+        Those that borrow nothing are left out. All together hold what each has computed, less this.
         """
 
     def dump(self, seq: int) -> bytes:
@@ -304,6 +311,7 @@ class EngineHost(Protocol):
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None: ...
     def feed(self, seq: int, prompt: Prompt) -> Opened: ...
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None: ...
+    def borrowed_tokens(self) -> Mapping[int, int]: ...
     def dump(self, seq: int) -> bytes: ...
     def restore(self, seq: int, prompt: Prompt, sampling: Sampling, kv: bytes) -> Opened: ...
     def close(self, seq: int) -> None: ...
@@ -385,6 +393,9 @@ class InlineHost:
 
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         self.engine.fork(source, target, sampling)
+
+    def borrowed_tokens(self) -> Mapping[int, int]:
+        return self.engine.borrowed_tokens()
 
     def dump(self, seq: int) -> bytes:
         return self.engine.dump(seq)

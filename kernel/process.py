@@ -182,6 +182,7 @@ class Thread:
     tokens: list[int] | tuple[()] = field(default=(), repr=False)  # prompt, then output
     prompt_length: int = 0  # how many of `tokens` are prompt
     computed: int = 0  # tokens whose KV exists
+    borrowed: int = 0  # of them, those whose KV is another sequence's, too, and is charged to that one
     kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
     deaths: int = 0  # of the engine, while it opened this sequence
@@ -229,7 +230,7 @@ class Thread:
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
         self.tokens = ()
-        self.prompt_length = self.computed = 0
+        self.prompt_length = self.computed = self.borrowed = 0
         self.drop_kv()
 
     def drop_kv(self) -> None:

@@ -67,7 +67,7 @@ class Seats:
         seat = model.free_seat()
         if seat is None:
             return False
-        thread.seat = seat
+        thread.seat, thread.borrowed = seat, 0
         model.seats[seat] = thread
         return True
 
@@ -122,6 +122,7 @@ class Seats:
             thread.begin(opened)
             if not turn:
                 thread.computed = opened.shared_tokens
+                model.shares_kv |= opened.shared_tokens > 0
 
     def _reopen(self, model: Model, thread: Thread, seat: int) -> int:
         """Put a thread's history on a seat; returns how many of its tokens have their KV already."""
@@ -227,6 +228,7 @@ class Seats:
         assert source.seat is not None and thread.seat is not None
         try:
             model.open_host().fork(source.seat, thread.seat, thread.process.sampling(thread.item))
+            self.count_shared(model)
         except LlmosError as error:
             with self._table.lock:
                 model.kv_short |= isinstance(error, AdmissionRefused)
@@ -236,10 +238,22 @@ class Seats:
             thread.computed, thread.known = source.computed, 1
         return True
 
+    def count_shared(self, model: Model) -> None:
+        """Ask what sequences hold together, so that each byte of KV is charged to one process."""
+        borrowed = model.open_host().borrowed_tokens()
+        with self._table.lock:
+            model.shares_kv = bool(borrowed)
+            for seat, thread in enumerate(model.seats):
+                if thread is not None:
+                    thread.borrowed = borrowed.get(seat, 0)
+
     def _close_vacated(self, model: Model) -> None:
         """Tell the engine of the seats that are free again."""
+        shared = model.shares_kv and bool(model.to_close)
         while model.to_close:
             model.open_host().close(model.to_close[0])
             with self._table.lock:
                 model.to_close.pop(0)
                 model.kv_short = False
+        if shared:
+            self.count_shared(model)

@@ -92,8 +92,10 @@ def disk_view(entry: CatalogEntry) -> ModelView:
 
 
 def _kv_bytes(process: Process, bytes_per_token: int) -> int:
-    """KV that its tokens occupy, in a seat or swapped out."""
-    return sum(t.kv.size_bytes if t.kv is not None else t.computed * bytes_per_token for t in process.threads)
+    """KV that its tokens occupy, on a seat or swapped out; what several hold together counts in one."""
+    swapped = sum(t.kv.size_bytes for t in process.threads if t.kv is not None)
+    seated = (t for t in process.threads if t.kv is None and t.seat is not None)
+    return swapped + bytes_per_token * sum(max(0, t.computed - t.borrowed) for t in seated)
 
 
 def _waits_for(process: Process, model: Model | None) -> str:

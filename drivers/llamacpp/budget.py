@@ -57,13 +57,13 @@ class Budget:
         self.windows = windows
         self.limit_bytes = limit_bytes
         self.slab_bytes = slab_bytes
-        self._most_seats = most_seats
+        self.most_seats = most_seats
 
     def first_seats(self, window_tokens: int) -> int:
         """Seats of a new slab."""
         share_bytes = self.limit_bytes // SHARE if len(self.windows) > 1 else self.limit_bytes
         fitting = self._fitting(window_tokens, share_bytes, 1, FIRST_SEATS)
-        return min(self._most_seats, max(1, fitting))
+        return min(self.most_seats, max(1, fitting))
 
     def window_for(self, tokens: int) -> int:
         """The smallest class that holds so many tokens, or the largest."""
@@ -72,27 +72,32 @@ class Budget:
     def used_bytes(self, slabs: Mapping[int, Use]) -> int:
         return sum(self.slab_bytes(window, use.seats) for window, use in slabs.items() if use.seats)
 
-    def room(self, tokens: int, slabs: Mapping[int, Use]) -> Room | None:
-        """For one more sequence of so many tokens; None if those that are open leave none."""
+    def room(self, tokens: int, slabs: Mapping[int, Use], taken_bytes: int = 0) -> Room | None:
+        """For one more sequence of so many tokens; None if those that are open leave none.
+
+        `taken_bytes` are those of slabs that are of no class.
+        """
         window = self.window_for(tokens)
         have = slabs.get(window, Use(0, 0))
         if have.taken < have.seats:
             return Room(window, {})
-        resize = self._enlarged(window, have, dict(slabs))
+        resize = self._enlarged(window, have, dict(slabs), self.limit_bytes - taken_bytes)
         if resize is not None:
             return Room(window, resize)
         larger = (each for each in self.windows if each > window and each in slabs)
         free = next((each for each in larger if slabs[each].taken < slabs[each].seats), None)
         return None if free is None else Room(free, {})
 
-    def _enlarged(self, window: int, have: Use, slabs: dict[int, Use]) -> dict[int, int] | None:
+    def _enlarged(
+        self, window: int, have: Use, slabs: dict[int, Use], limit_bytes: int
+    ) -> dict[int, int] | None:
         """Seats for this class to have a free one: with memory that is left, or that others can spare."""
         least = have.taken + 1
-        wanted = min(self._most_seats, max(least, 2 * have.seats or self.first_seats(window)))
+        wanted = min(self.most_seats, max(least, 2 * have.seats or self.first_seats(window)))
         slabs.pop(window, None)
         resize: dict[int, int] = {}
         while True:
-            left_bytes = self.limit_bytes - self.used_bytes(slabs)
+            left_bytes = limit_bytes - self.used_bytes(slabs)
             if seats := self._fitting(window, left_bytes, least, wanted):
                 return {**resize, window: seats}
             spare = {

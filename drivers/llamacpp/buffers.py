@@ -11,6 +11,7 @@ from drivers.llamacpp import layout
 from drivers.llamacpp.estimate import estimate
 from drivers.llamacpp.header import Header
 from drivers.llamacpp.layout import Layout
+from drivers.llamacpp.shape import shape
 from kernel.device import Estimate
 from kernel.errors import AdmissionRefused
 
@@ -66,6 +67,10 @@ class Sizes:
     def of(self, window_tokens: int, seats: int) -> int:
         """Bytes of a slab."""
         return sum(self.correct(self._expected(window_tokens, seats)))
+
+    def of_unified(self, cells: int, seats: int) -> int:
+        """The same of a unified slab: as of one seat, and the others' logits, computed and told."""
+        return self.of(cells, 1) + (seats - 1) * 2 * 4 * shape(self._header).vocabulary
 
     def correct(self, expected: Estimate) -> tuple[int, int]:
         """(KV, compute) bytes of an estimate, as they will be."""

@@ -102,8 +102,11 @@ class LlamaEngine:
             raise UsageError(f"sequence {source} cannot be forked onto itself")
         drawn = sampling or original.sampling
         check(drawn)
-        need = self._need(len(original.tokens), original.prompt_tokens, original.max_tokens)
-        room = self._slabs.room(need, self._sequences.get(target))
+        tokens, old, family = len(original.tokens), self._sequences.get(target), None
+        if not (drawn.exact or original.sampling.exact):
+            family = self._slabs.beside(original, original.computed, tokens - original.computed, old)
+        need = self._need(tokens, original.prompt_tokens, original.max_tokens)
+        room = family or self._slabs.room(need, old)
         self.close(target)
         twin = original.copy(target, drawn, Sampler(drawn))
         seating = self._slabs.arrange(room)
@@ -112,7 +115,9 @@ class LlamaEngine:
         seating.enter(twin, seat)
         if twin.finish and not twin.reported:
             self._complete.append(twin)
-        if twin.computed and not twin.slab.write(seat, original.slab.read(original.seat), twin.computed):
+        if seating.slab.unified:
+            seating.slab.share(original.seat, seat, twin.computed)
+        elif twin.computed and not twin.slab.write(seat, original.slab.read(original.seat), twin.computed):
             self.close(target)
             raise KernelFault("llama.cpp did not take the state of a sequence")
 
@@ -153,6 +158,12 @@ class LlamaEngine:
             if sequence in waiting:
                 waiting.remove(sequence)
 
+    def borrowed_tokens(self) -> dict[int, int]:
+        borrowed: dict[int, int] = {}
+        for seating in self._slabs.families():
+            borrowed |= seating.borrowed()
+        return borrowed
+
     def shutdown(self) -> None:
         for seq in list(self._sequences):
             self.close(seq)
@@ -165,6 +176,7 @@ class LlamaEngine:
         told = self._queue.take_up(quota_tokens, self._is_over, self._open)
         if self._complete:
             told += self._told(quota_tokens)
+        self._make_room(quota_tokens)
         if self._passes.outgrown:
             told += self._grow(quota_tokens)
         taken, waiting = self._families.prepare(quota_tokens)
@@ -189,6 +201,13 @@ class LlamaEngine:
                 self._slabs.had_turn(seating)
                 return told
         return None
+
+    def _make_room(self, quota_tokens: MutableMapping[int, int]) -> None:
+        """Where families have used up their cells, somebody has outgrown them."""
+        for seating in self._slabs.families():
+            for sequence in seating.crowded_out(quota_tokens):
+                sequence.rests = True
+                self._passes.outgrown.append(sequence)
 
     def _grow(self, quota_tokens: MutableMapping[int, int]) -> list[SequenceStep]:
         """Move those that have outgrown their seats; who finds no room is told so once, and rests."""
@@ -236,12 +255,13 @@ class LlamaEngine:
         two tokens of a prompt (one alone is computed with other last bits), or one that was drawn.
         """
         check(sampling)
+        most_tokens = 0 if sampling.exact else len(tokens) - (1 if answer_at < len(tokens) else 2)
+        taken_tokens, old = most_tokens if shares else 0, self._sequences.get(seq)
         need = self._need(len(tokens), answer_at, max_tokens)
-        room = self._slabs.room(need, self._sequences.get(seq))
+        room = self._sharing.family(tokens, taken_tokens, old) or self._slabs.room(need, old)
         self._end(seq)
         seating = self._slabs.arrange(room)
-        most_tokens = 0 if sampling.exact else len(tokens) - (1 if answer_at < len(tokens) else 2)
-        seat = self._sharing.take(seating, tokens, most_tokens if shares else 0)
+        seat = self._sharing.take(seating, tokens, taken_tokens)
         sequence = Sequence(seq, tokens, 0, 0, self.info.context_tokens, sampling, Sampler(sampling))
         sequence.computed, sequence.shareable_tokens = seat.shared_tokens, most_tokens
         self._sequences[seq] = sequence

@@ -35,6 +35,7 @@ class Layout:
     seats: int  # most sequences at once
     threads: int
     kv_tokens: int = 0  # that sequences of any length share; 0: each seat has a whole window
+    unified: bool = False  # of a slab: its seats share the cells of one window
 
     @property
     def options(self) -> EngineOptions:

@@ -68,7 +68,8 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
         first.free()
         raise
     exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
-    slabs = Slabs(first, make, _budget(decided, windows, sizes, expected), costs.curve, exact_alone)
+    budget = _budget(decided, windows, sizes, expected)
+    slabs = Slabs(first, make, budget, sizes.of_unified, costs.curve, exact_alone)
     kv_bytes, compute_bytes = sizes.correct(expected)
     info = EngineInfo(
         context_tokens=decided.window_tokens,
@@ -84,8 +85,10 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
     return Loaded(info, weights, slabs, costs, fingerprint(head))
 
 
-def _slab(weights: Weights, threads: int, abort_flag: Any, window_tokens: int, seats: int) -> Slab:
-    return Slab(weights, layout.Layout(window_tokens, seats, threads), abort_flag)
+def _slab(
+    weights: Weights, threads: int, abort_flag: Any, window_tokens: int, seats: int, unified: bool = False
+) -> Slab:
+    return Slab(weights, layout.Layout(window_tokens, seats, threads, unified=unified), abort_flag)
 
 
 def _budget(decided: layout.Layout, windows: tuple[int, ...], sizes: Sizes, expected: Estimate) -> Budget:

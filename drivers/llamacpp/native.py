@@ -59,6 +59,7 @@ def _fast(name: str) -> Any:
 get_logits = _fast("llama_get_logits")
 get_logits.restype = ctypes.c_void_p  # an address; numpy makes the view
 pos_max = _fast("llama_memory_seq_pos_max")
+seq_cp = _fast("llama_memory_seq_cp")
 seq_rm = _fast("llama_memory_seq_rm")
 token_is_eog = _fast("llama_vocab_is_eog")
 token_to_piece = _fast("llama_token_to_piece")

@@ -7,9 +7,10 @@ computes a gap as two passes. Among those that fit, the one that was left longes
 Owner: the engine. Not here: which slab a sequence gets (slabs.py), what it shares (sharing.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
+from drivers.llamacpp import family
 from drivers.llamacpp.planner import Planner
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
@@ -40,6 +41,8 @@ class Seating:
         self._left[sequence.seat] = self._leaves
         if keep:
             self.kept[sequence.seat] = sequence
+        else:
+            self.slab.cut(sequence.seat, 0)
 
     def fitting(self) -> list[int]:
         """The free seats that leave no gap, the one left longest ago first."""
@@ -61,6 +64,42 @@ class Seating:
         self.take(seat)
         self.slab.cut(seat, 0)
         return seat
+
+    def borrowed(self) -> dict[int, int]:
+        """By sequence: how many of its first tokens are in cells of one of lower number."""
+        by_seat = {each.seat: each.id for each in sorted(self.by_seat, key=lambda each: each.id)}
+        return {by_seat[seat]: tokens for seat, tokens in self.slab.commons.borrowed(by_seat).items()}
+
+    def free_cells(self) -> int:
+        """Of a unified slab."""
+        held = {each.seat: each.computed for each in (*self.by_seat, *self.kept.values())}
+        borrowed = sum(self.slab.commons.borrowed(held).values())
+        return self.slab.window_tokens - sum(held.values()) + borrowed
+
+    def has_room(self, tokens: int, leaving: Sequence | None) -> bool:
+        """Whether it is a unified slab that can take one more, with so many tokens of its own, once `leaving`
+        has left."""
+        has_seat = self.slab.unified and (bool(self._left) or leaving in self.by_seat)
+        return has_seat and tokens + family.SPARE_TOKENS <= self.free_cells()
+
+    def trim(self, sequence: Sequence) -> None:
+        """It is about to leave: of its cells in a unified slab, those stay that others have, too."""
+        sequence.computed = min(sequence.computed, self.slab.commons.most(sequence.seat))
+        self.slab.cut(sequence.seat, sequence.computed)
+
+    def crowded_out(self, quota_tokens: Mapping[int, int]) -> list[Sequence]:
+        """Who has to leave a unified slab for the others to find cells in the next pass: those with most."""
+        ready = [each for each in self.by_seat if not each.rests and quota_tokens.get(each.id, 0) > 0]
+        ready.sort(key=lambda each: each.computed - self.slab.commons.most(each.seat))
+        wanted = [min(len(each.tokens) - each.computed, quota_tokens[each.id]) for each in ready]
+        crowded: list[Sequence] = []
+        while ready and min(sum(wanted), self.slab.capacity_tokens) > self.free_cells():
+            if self.kept:
+                self.slab.cut(self.kept.popitem()[0], 0)
+            else:
+                crowded.append(ready.pop())
+                wanted.pop()
+        return crowded
 
     def rebuild(self, make: Callable[[], Slab]) -> None:
         """Put another slab in the place of this one, with all who sit; what was kept is lost."""

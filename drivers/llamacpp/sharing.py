@@ -5,10 +5,13 @@ Owner: the engine. Not here: who computes a prompt that several are about to com
 much may be shared at most (the engine says).
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
+from drivers.llamacpp import family
 from drivers.llamacpp.calibrate import Costs
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
@@ -40,15 +43,33 @@ class Sharing:
 
     def leave(self, sequence: Sequence) -> None:
         """It ends; what it has computed stays on its seat until that is needed."""
+        seating = self._slabs.of(sequence)
+        if seating.slab.unified:
+            seating.trim(sequence)
         keep = self._keeps and sequence.computed >= BLOCK_TOKENS
-        self._slabs.of(sequence).leave(sequence, keep=keep)
+        seating.leave(sequence, keep=keep)
         self._prefixes.forget(sequence)
         if keep:
             del sequence.tokens[sequence.computed :]
 
+    def family(self, tokens: Tokens[int], most_tokens: int, leaving: Sequence | None) -> Seating | None:
+        """Where a prompt that somebody else has, too, can share its cells; made if that pays."""
+        if most_tokens < family.LEAST_TOKENS:
+            return None
+        own_tokens = len(tokens) - most_tokens
+
+        def has_room(holder: Sequence) -> bool:
+            return self._slabs.of(holder).has_room(own_tokens, leaving)
+
+        holder, common = self._longest(tokens[:most_tokens], has_room, leaving)
+        if holder is None or common < most_tokens or holder.sampling.exact:
+            return None
+        return self._slabs.beside(holder, common, own_tokens, leaving)
+
     def take(self, seating: Seating, tokens: Tokens[int], most_tokens: int) -> Seat:
         """A free seat of a slab; of these tokens its cache may have so many at most, from others."""
-        holder, common = self._longest(tokens[:most_tokens])
+        is_kin = partial(_shares, seating.slab)
+        holder, common = self._longest(tokens[:most_tokens], is_kin)
         if holder is None:
             return Seat(seating.vacate())
         shared = min(common, holder.computed)
@@ -68,20 +89,26 @@ class Sharing:
         if self._copy_pays(holder, sequence.slab, tokens - sequence.computed):
             sequence.computed = self._copy(holder, sequence.slab, sequence.seat, tokens)
 
-    def _longest(self, tokens: Tokens[int]) -> tuple[Sequence | None, int]:
+    def _longest(
+        self, tokens: Tokens[int], prefers: Callable[[Sequence], bool], but: Sequence | None = None
+    ) -> tuple[Sequence | None, int]:
         """Who begins with most of these tokens, computed or not yet, and with how many."""
         if not self._keeps:
             return None, 0
         kept = [each for seating in self._slabs.in_turn for each in seating.kept.values()]
         holders = dict.fromkeys((*kept, *self._slabs))
+        if but:
+            holders.pop(but, None)
         self._prefixes.keep_only(holders)
         for holder in holders:
             self._prefixes.learn(holder, holder.tokens, len(holder.tokens))
         found, likely = self._prefixes.find(tokens)
 
-        def claim(holder: Sequence) -> tuple[int, bool, int, int]:  # what was kept needs no copy, perhaps
+        def claim(
+            holder: Sequence,
+        ) -> tuple[int, bool, bool, int, int]:  # what was kept needs no copy, perhaps
             common = common_tokens(tokens, holder.tokens, len(holder.tokens), likely)
-            return common, holder in kept, holder.computed, -holder.seat
+            return common, prefers(holder), holder in kept, holder.computed, -holder.seat
 
         best = max(found, key=claim, default=None)
         return best, claim(best)[0] if best else 0
@@ -95,12 +122,19 @@ class Sharing:
         return copied * self._costs.copy_token_s < shared * self._costs.prefill_token_s
 
     def _copy_pays(self, holder: Sequence, slab: Slab, gained: int) -> bool:
+        if _shares(slab, holder):
+            return gained > 0
         fits = holder.computed <= slab.window_tokens
+        if not fits and holder.slab.unified:
+            return False  # taken apart, its cells would be its own
         return self._pays(holder.computed if fits else _PART * holder.computed, gained)
 
     @staticmethod
     def _copy(holder: Sequence, slab: Slab, seat: int, tokens: int) -> int:
         """Onto a seat that is taken; returns how many tokens are there."""
+        if _shares(slab, holder):
+            slab.share(holder.seat, seat, tokens)
+            return tokens
         computed = holder.computed
         if computed <= slab.window_tokens:
             state = holder.slab.read(holder.seat)
@@ -109,6 +143,11 @@ class Sharing:
             computed = tokens
         slab.cut(seat, 0)
         return _cut(slab, seat, tokens) if slab.write(seat, state, computed) else 0
+
+
+def _shares(slab: Slab, holder: Sequence) -> bool:
+    """Whether a seat of a slab can hold a sequence's tokens in the same cells."""
+    return slab.unified and slab is holder.slab
 
 
 def _is_spare(holder: Sequence, shared: int, seating: Seating) -> bool:

@@ -1,8 +1,9 @@
 """One llama.cpp context: a number of seats of one size over shared weights.
 
-Each seat has its own stream of the KV cache (not one unified pool) and flash attention is off: faster
-with many sequences on a CPU, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what
-runs beside it. The KV cache is committed when the slab is made.
+Each seat has its own stream of the KV cache and flash attention is off: faster with many sequences on
+a CPU, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what runs beside it. In a unified
+slab all seats have one pool of cells instead, and a cell may belong to several (family.py); there, all
+attend over the cells of all. The KV cache is committed when the slab is made.
 
 Owner: one engine, which runs on one thread; two threads in a context abort the process.
 Not here: what a sequence is (sequence.py), who sits where (seating.py), what to compute next (engine.py).
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from drivers.commons import Commons
 from drivers.llamacpp import native
 from drivers.llamacpp.layout import Layout, chunk_tokens
 from drivers.llamacpp.native import lib
@@ -40,6 +42,8 @@ class Slab:
 
     def __init__(self, weights: Weights, layout: Layout, abort_flag: Any) -> None:
         self.seats = layout.seats
+        self.unified = layout.unified
+        self.commons = Commons()  # seats of a unified slab that hold the same cells
         self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats)
         self._weights = weights
         self._abort_flag = abort_flag  # referenced for as long as native code reads it
@@ -58,11 +62,11 @@ class Slab:
 
     def _params(self, layout: Layout) -> Any:
         params = lib.llama_context_default_params()
-        params.n_ctx = layout.seats * layout.window_tokens
+        params.n_ctx = layout.window_tokens * (1 if layout.unified else layout.seats)
         params.n_batch = params.n_ubatch = self.capacity_tokens
         params.n_seq_max = params.n_outputs_max = layout.seats
         params.n_threads = params.n_threads_batch = layout.threads
-        params.flash_attn_type, params.kv_unified = 0, False
+        params.flash_attn_type, params.kv_unified = 0, layout.unified
         params.offload_kqv = params.op_offload = self._weights.on_gpu
         params.abort_callback = native.abort_callback
         params.abort_callback_data = ctypes.addressof(self._abort_flag)
@@ -140,11 +144,18 @@ class Slab:
         return int(native.pos_max(self._memory, seat)) + 1
 
     def cut(self, seat: int, keep_tokens: int) -> None:
-        """Drop all but the first tokens of a seat."""
+        """Drop all but the first tokens of a seat. What others have of them stays theirs."""
         native.seq_rm(self._memory, seat, keep_tokens, -1)
+        self.commons.cut(seat, keep_tokens)
+
+    def share(self, source: int, target: int, tokens: int) -> None:
+        """Have a seat of a unified slab hold the first tokens of another one, in the same cells."""
+        self.cut(target, 0)
+        native.seq_cp(self._memory, source, target, 0, tokens)
+        self.commons.share(source, target, tokens)
 
     def clear(self) -> None:
-        """Empty every seat."""
+        """Empty every seat of a slab that shares nothing."""
         lib.llama_memory_clear(self._memory, False)
 
     def read(self, seat: int) -> State:
@@ -152,7 +163,8 @@ class Slab:
         state = self._native_state(seat)
         if not self.plain:
             return state
-        return state[_STATE_HEAD_BYTES + 4 * seat : state.size - 4 * (self.seats - 1 - seat)]
+        before, after = (0, 0) if self.unified else (seat, self.seats - 1 - seat)
+        return state[_STATE_HEAD_BYTES + 4 * before : state.size - 4 * after]
 
     def read_first(self, seat: int, tokens: int, computed: int) -> State:
         """The KV state of the first tokens of a seat. The native form cannot be cut, so the seat is."""
@@ -167,7 +179,8 @@ class Slab:
     def write(self, seat: int, state: State, tokens: int) -> bool:
         """Put a KV state of so many tokens into an empty seat. False if it is none; the seat stays empty."""
         if self.plain:
-            state = np.concatenate((self._state_head, state, np.zeros(4 * (self.seats - 1), np.uint8)))
+            rest = np.zeros(4 * (self._streams - 1), np.uint8)
+            state = np.concatenate((self._state_head, state, rest))
         taken = lib.llama_state_seq_set_data(self.context, _pointer(state, ctypes.c_uint8), state.size, seat)
         if taken == state.size and self.computed(seat) == tokens:
             return True
@@ -182,14 +195,17 @@ class Slab:
         return state
 
     def _learn_state_form(self) -> None:
-        """A native state is: magic, sequence, number of seats; then per seat a cell count and its cells.
+        """A native state is: magic, sequence, number of streams; then per stream a cell count and its cells.
 
-        Only the sequence's own seat has cells, so the other counts (zeros) can be left out and be put
-        back for another number of seats. Caches that are made of several parts have more to say of an
+        Only the sequence's own stream has cells, so the other counts (zeros) can be left out and be put
+        back for another number of streams. Caches that are made of several parts have more to say of an
         empty seat, and are left as they are.
         """
+        self._streams = 1 if self.unified else self.seats
         empty = self._native_state(0)
-        self.plain = empty.size == _STATE_HEAD_BYTES + 4 * self.seats and not empty[_STATE_HEAD_BYTES:].any()
+        self.plain = (
+            empty.size == _STATE_HEAD_BYTES + 4 * self._streams and not empty[_STATE_HEAD_BYTES:].any()
+        )
         self._state_head = empty[:_STATE_HEAD_BYTES]
 
     def free(self) -> None:

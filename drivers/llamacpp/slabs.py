@@ -1,36 +1,50 @@
 """The slabs of one engine: made, resized and dropped within a fixed number of bytes.
 
-Owner: the engine. A slab that is to have another number of seats is freed and made again: the KV of
+Owner: the engine. There is one of each class of window at most, and unified ones beside them, one for each
+family. A slab that is to have another number of seats is freed and made again: the KV of
 those who sit on it waits outside meanwhile, what was kept on its free seats is lost.
 Not here: how many seats a class gets (budget.py), which seat of a slab (seating.py).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator
+from typing import Final, Protocol
 
-from drivers.llamacpp import layout
-from drivers.llamacpp.budget import Budget, Room, Use
+from drivers.llamacpp import family, layout
+from drivers.llamacpp.budget import Budget, Room, SlabBytes, Use
 from drivers.llamacpp.calibrate import measure_more
 from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.planner import Planner
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
-from drivers.llamacpp.slab import Slab
+from drivers.llamacpp.slab import Slab, State
 from kernel.errors import AdmissionRefused, WorkerDied
 
 MIB: Final = 1 << 20
 
-MakeSlab = Callable[[int, int], Slab]
-"""(window, seats) -> an empty slab. Raises AdmissionRefused."""
+
+class MakeSlab(Protocol):
+    """Makes an empty slab. Raises AdmissionRefused."""
+
+    def __call__(self, window_tokens: int, seats: int, unified: bool = False) -> Slab: ...
 
 
 class Slabs:
     """All seats of one engine."""
 
-    def __init__(self, first: Slab, make: MakeSlab, budget: Budget, curve: Curve, exact_alone: bool) -> None:
+    def __init__(
+        self,
+        first: Slab,
+        make: MakeSlab,
+        budget: Budget,
+        unified_bytes: SlabBytes,
+        curve: Curve,
+        exact_alone: bool,
+    ) -> None:
         self.in_turn: list[Seating] = []  # the one whose last pass was longest ago first
         self._make = make
         self._budget = budget
+        self._unified_bytes = unified_bytes
+        self._movable = first.plain
         self._curve = curve
         self._exact_alone = exact_alone
         self._add(first)
@@ -52,8 +66,8 @@ class Slabs:
 
         Raises AdmissionRefused, at once.
         """
-        uses = {each.slab.window_tokens: _use(each, leaving) for each in self.in_turn}
-        room = self._budget.room(tokens, uses)
+        uses = self._uses(leaving)
+        room = self._budget.room(tokens, uses, self._family_bytes(leaving))
         if room is None:
             raise AdmissionRefused(
                 f"no room for a sequence of {tokens} tokens beside those that are open",
@@ -74,12 +88,74 @@ class Slabs:
                 "other programs have taken what was promised",
             )
 
-    def arrange(self, room: Room) -> Seating:
+    def arrange(self, room: Room | Seating) -> Seating:
         """Do what a room needs; returns the slab that has a free seat now."""
-        by_window = {each.slab.window_tokens: each for each in self.in_turn}
+        if isinstance(room, Seating):
+            return room
+        by_window = {each.slab.window_tokens: each for each in self.in_turn if not each.slab.unified}
+        after = self._uses(None) | {window: Use(seats, 0) for window, seats in room.resize.items()}
+        self._spare(self._budget.limit_bytes - self._budget.used_bytes(after))
         for window, seats in room.resize.items():
             self._resize(window, seats, by_window.get(window))
-        return next(each for each in self.in_turn if each.slab.window_tokens == room.window_tokens)
+        classes = (each for each in self.in_turn if not each.slab.unified)
+        return next(each for each in classes if each.slab.window_tokens == room.window_tokens)
+
+    def beside(
+        self, holder: Sequence, common_tokens: int, own_tokens: int, leaving: Sequence | None
+    ) -> Seating | None:
+        """A unified slab with a free seat, once `leaving` has left, for one who begins as a holder does.
+
+        Made for the two of them, if that pays and there is memory; None if a copy is to be made.
+        """
+        seating = self.of(holder)
+        if seating.has_room(own_tokens, leaving):
+            return seating
+        if holder is leaving or holder not in seating.by_seat or not self._movable:
+            return None
+        own_tokens += len(holder.tokens) - common_tokens
+        return self._found(holder, common_tokens) if family.pays(common_tokens, own_tokens) else None
+
+    def _found(self, holder: Sequence, common_tokens: int) -> Seating | None:
+        """Move one who sits to a slab for its family. With memory that nobody uses, or not at all."""
+        cells, seats = family.cells(common_tokens), min(family.SEATS, self._budget.most_seats)
+        left_bytes = self._budget.limit_bytes - self._budget.used_bytes(self._uses(None))
+        need_bytes = self._unified_bytes(cells, seats)
+        if need_bytes > min(left_bytes - self._family_bytes(None), layout.free_ram_bytes()):
+            return None
+        self._spare(left_bytes - need_bytes)
+        try:
+            seating = self._add(self._make(cells, seats, unified=True))
+        except AdmissionRefused:
+            return None
+        state = holder.slab.read(holder.seat) if holder.computed else None
+        self.of(holder).leave(holder, keep=False)
+        self._settle(holder, seating, state)
+        return seating
+
+    def _uses(self, leaving: Sequence | None) -> dict[int, Use]:
+        """Of the slabs of each class."""
+        classes = (each for each in self.in_turn if not each.slab.unified)
+        return {each.slab.window_tokens: _use(each, leaving) for each in classes}
+
+    def families(self) -> list[Seating]:
+        """The unified slabs."""
+        return [each for each in self.in_turn if each.slab.unified]
+
+    def _family_bytes(self, leaving: Sequence | None) -> int:
+        """Of the slabs of families, but for those that nobody sits on, once `leaving` has left."""
+        return self._bytes(
+            each for each in self.families() if any(one is not leaving for one in each.by_seat)
+        )
+
+    def _bytes(self, families: Iterable[Seating]) -> int:
+        return sum(self._unified_bytes(each.slab.window_tokens, each.slab.seats) for each in families)
+
+    def _spare(self, most_bytes: int) -> None:
+        """Drop slabs of families that nobody sits on any more until they take so many bytes at most."""
+        for seating in self.families():
+            if not seating.by_seat and self._bytes(self.families()) > most_bytes:
+                self.in_turn.remove(seating)
+                seating.slab.free()
 
     def _resize(self, window: int, seats: int, seating: Seating | None) -> None:
         if seating is not None and seats == 0:
@@ -100,8 +176,10 @@ class Slabs:
         except AdmissionRefused as error:
             raise WorkerDied(error.message, error.hint) from error
 
-    def _add(self, slab: Slab) -> None:
-        self.in_turn.insert(0, Seating(slab, self._planner(slab)))
+    def _add(self, slab: Slab) -> Seating:
+        seating = Seating(slab, self._planner(slab))
+        self.in_turn.insert(0, seating)
+        return seating
 
     def _planner(self, slab: Slab) -> Planner:
         return Planner(slab.capacity_tokens, self._exact_alone, self._curve)
@@ -111,7 +189,10 @@ class Slabs:
         room = self.room(tokens, sequence)
         state = sequence.slab.read(sequence.seat) if sequence.computed else None
         self.of(sequence).leave(sequence, keep=False)
-        seating = self.arrange(room)
+        self._settle(sequence, self.arrange(room), state)
+
+    @staticmethod
+    def _settle(sequence: Sequence, seating: Seating, state: State | None) -> None:
         seat = seating.vacate()
         seating.enter(sequence, seat)
         if state is not None and not seating.slab.write(seat, state, sequence.computed):
@@ -119,10 +200,9 @@ class Slabs:
 
     def check_integrity(self) -> None:
         """What is committed is within the limit, and every seat is in order. Raises AssertionError."""
-        windows = [each.slab.window_tokens for each in self.in_turn]
-        assert len(windows) == len({*windows}) and {*windows} <= {*self._budget.windows}
-        uses = {each.slab.window_tokens: _use(each, None) for each in self.in_turn}
-        assert self._budget.used_bytes(uses) <= self._budget.limit_bytes
+        uses, families = self._uses(None), self.families()
+        assert len(uses) + len(families) == len(self.in_turn) and {*uses} <= {*self._budget.windows}
+        assert self._budget.used_bytes(uses) + self._bytes(families) <= self._budget.limit_bytes
         for seating in self.in_turn:
             seating.check_integrity()
 

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kernel.errors import KernelFault, LlmosError, UsageError
@@ -62,7 +62,9 @@ class _Forked:
 def measure(path: Path, children: int, characters: int, repeat: int, tell: Tell) -> Result:
     """Both, in turn. Raises KernelFault if a process says nothing."""
     tell("fork: loading")
-    with booted(path, options(path, children + 1, characters + OUTPUT_TOKENS + 16)) as machine:
+    asked = options(path, children + 1, characters + OUTPUT_TOKENS + 16)
+    kv_tokens = 2 * asked.sequences * asked.context_tokens  # as by default, not all is in one slab
+    with booted(path, replace(asked, kv_tokens=kv_tokens)) as machine:
         _forked(machine, children, random_text(characters, "warm-up"))
         pairs = []
         for number in range(repeat):

@@ -9,7 +9,7 @@ Owner: the kill benchmark. Lock: none; notes are appended by the dispatcher's th
 import json
 import queue
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,9 @@ class _Probed:
 
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
         self._engine.fork(source, target, sampling)
+
+    def borrowed_tokens(self) -> Mapping[int, int]:
+        return self._engine.borrowed_tokens()
 
     def dump(self, seq: int) -> bytes:
         return self._engine.dump(seq)
