@@ -176,9 +176,13 @@ class LlamaEngine:
         told = self._queue.take_up(quota_tokens, self._is_over, self._open)
         if self._complete:
             told += self._told(quota_tokens)
-        self._make_room(quota_tokens)
         if self._passes.outgrown:
             told += self._grow(quota_tokens)
+        for seating in self._slabs.families():
+            while crowded := seating.crowded_out(quota_tokens):  # one that is stuck is waited for
+                crowded.rests = True
+                self._passes.outgrown.append(crowded)
+                told += self._grow(quota_tokens)
         taken, waiting = self._families.prepare(quota_tokens)
         told += [SequenceStep(seq, 0, None, "", shared_tokens=tokens) for seq, tokens in taken.items()]
         done = self._pass(quota_tokens, waiting)
@@ -193,6 +197,8 @@ class LlamaEngine:
             if waiting:
                 ready = [each for each in ready if each.id not in waiting]
             chosen = seating.planner.plan(ready, quota_tokens)
+            if seating.slab.unified:
+                chosen = seating.fitting_cells(chosen)
             if chosen:
                 told = self._passes.run(seating.slab, chosen)
                 for done in told:
@@ -201,13 +207,6 @@ class LlamaEngine:
                 self._slabs.had_turn(seating)
                 return told
         return None
-
-    def _make_room(self, quota_tokens: MutableMapping[int, int]) -> None:
-        """Where families have used up their cells, somebody has outgrown them."""
-        for seating in self._slabs.families():
-            for sequence in seating.crowded_out(quota_tokens):
-                sequence.rests = True
-                self._passes.outgrown.append(sequence)
 
     def _grow(self, quota_tokens: MutableMapping[int, int]) -> list[SequenceStep]:
         """Move those that have outgrown their seats; who finds no room is told so once, and rests."""

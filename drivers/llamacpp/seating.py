@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from drivers.llamacpp import family
-from drivers.llamacpp.planner import Planner
+from drivers.llamacpp.planner import Plan, Planner
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
 from kernel.errors import WorkerDied
@@ -87,19 +87,29 @@ class Seating:
         sequence.computed = min(sequence.computed, self.slab.commons.most(sequence.seat))
         self.slab.cut(sequence.seat, sequence.computed)
 
-    def crowded_out(self, quota_tokens: Mapping[int, int]) -> list[Sequence]:
-        """Who has to leave a unified slab for the others to find cells in the next pass: those with most."""
+    def crowded_out(self, quota_tokens: Mapping[int, int]) -> Sequence | None:
+        """Who is to leave a unified slab so that all find cells in its next pass: who has most of its own.
+
+        None if nobody has to, or somebody is about to.
+        """
         ready = [each for each in self.by_seat if not each.rests and quota_tokens.get(each.id, 0) > 0]
-        ready.sort(key=lambda each: each.computed - self.slab.commons.most(each.seat))
-        wanted = [min(len(each.tokens) - each.computed, quota_tokens[each.id]) for each in ready]
-        crowded: list[Sequence] = []
-        while ready and min(sum(wanted), self.slab.capacity_tokens) > self.free_cells():
-            if self.kept:
-                self.slab.cut(self.kept.popitem()[0], 0)
-            else:
-                crowded.append(ready.pop())
-                wanted.pop()
-        return crowded
+        wanted = sum(min(len(each.tokens) - each.computed, quota_tokens[each.id]) for each in ready)
+        wanted = min(wanted, self.slab.capacity_tokens)
+        while wanted > self.free_cells():
+            if not self.kept:
+                own = max(ready, key=lambda each: each.computed - self.slab.commons.most(each.seat))
+                return None if any(each.stuck for each in self.by_seat) else own
+            self.slab.cut(self.kept.popitem()[0], 0)
+        return None
+
+    def fitting_cells(self, plan: Plan) -> Plan:
+        """What of a plan a unified slab has cells for: not all while one that is stuck still has its own."""
+        free, fitting = self.free_cells(), []
+        for sequence, count in plan:
+            if count <= free:
+                fitting.append((sequence, count))
+                free -= count
+        return fitting
 
     def rebuild(self, make: Callable[[], Slab]) -> None:
         """Put another slab in the place of this one, with all who sit; what was kept is lost."""
