@@ -5,10 +5,14 @@ others draw: each drawn token must be the best, or as good as the best, by the l
 """
 
 import contextlib
+import os
 import random
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ggufs import new_flag, open_quietly, run, steps, write
@@ -17,13 +21,21 @@ from hypothesis import strategies as st
 
 from drivers.commons import Commons
 from drivers.llamacpp import family, layout
+from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.native import lib
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
 from drivers.llamacpp.writer import Recipe
+from kernel.clock import RealClock
 from kernel.device import EngineOptions, Prompt, Sampling, SequenceStep
 from kernel.errors import AdmissionRefused
+from kernel.kernel import Kernel, Parts
+from kernel.process import ProcessSpec
+from kernel.snapshot import ProcessView
+from kernel.syscall import Signal, Syscalls
+from llmos.paths import find_paths
+from llmos.store import Store
 
 WINDOW = 4096
 SEATS = 24
@@ -484,3 +496,81 @@ def test_each_cell_is_counted_once(acts: list[tuple[str, int, int, int]]) -> Non
     for each in held:
         others = {cell for other, cells in held.items() if other != each for cell in cells}
         assert commons.most(each) == len(others.intersection(held[each]))
+
+
+@pytest.fixture
+def system(path: Path) -> Iterator[Syscalls]:
+    parts = Parts(
+        clock=RealClock(),
+        drivers={".gguf": LlamaCppDriver()},
+        catalog=Store(find_paths()),
+        options=EngineOptions(WINDOW, SEATS, kv_tokens=12 * WINDOW),
+        ram_available=layout.free_ram_bytes,
+    )
+    kernel = Kernel(parts)
+    try:
+        yield Syscalls(kernel)
+    finally:
+        kernel.check_integrity()
+        kernel.shutdown()
+
+
+def process_of(path: Path, **changes: Any) -> ProcessSpec:
+    text = "".join(random.Random(9).choices("abcdefgh ", k=COMMON))
+    return ProcessSpec(str(path), (text,), raw=True, sampling=WARM, **changes)
+
+
+def stopped(system: Syscalls, pid: int, tokens: int = 1) -> ProcessView:
+    """Once it has drawn so many."""
+    while system.process(pid).output_tokens < tokens:
+        time.sleep(0.002)
+    system.signal(pid, Signal.STOP)
+    return settled(system, pid)
+
+
+def settled(system: Syscalls, pid: int) -> ProcessView:
+    """Once nothing is under way, and the engine has closed whom it has to close."""
+    kernel = system._kernel
+    model = next(iter(kernel.models.values()))
+    while model.to_close:
+        time.sleep(0.002)
+    kernel.on_dispatcher(model, kernel.dispatcher_of(model).drain)
+    return system.process(pid)
+
+
+def test_ps_charges_what_forks_share_to_one_of_them(path: Path, system: Syscalls, tmp_path: Path) -> None:
+    parent = system.spawn(process_of(path))
+    alone = stopped(system, parent)
+    token_bytes = 2 * 2 * 64 * LARGE.layers
+    assert alone.kv_bytes == (alone.context_tokens - 1) * token_bytes >= COMMON * token_bytes
+    children = [system.fork(parent, seed=seed) for seed in range(8)]
+    views = [stopped(system, pid, alone.output_tokens + 1) for pid in children]
+    drawn = sum(view.output_tokens - alone.output_tokens for view in views)
+    assert sum(view.kv_bytes for view in views) == drawn * token_bytes  # what is their own
+    assert system.process(parent).kv_bytes == alone.kv_bytes
+    assert system.save(children[0], tmp_path / "child") > alone.kv_bytes  # a file has it all
+    system.signal(parent, Signal.KILL)
+    held = [settled(system, pid).kv_bytes for pid in children]
+    assert sum(held) == alone.kv_bytes + drawn * token_bytes
+    os.kill(system.snapshot().models[0].worker_pid or 0, signal.SIGKILL)
+    for pid in children:
+        system.signal(pid, Signal.CONT)
+    for pid, view in zip(children, views, strict=True):
+        assert stopped(system, pid, view.output_tokens + 2).output_tokens >= view.output_tokens + 2
+        assert system.read(pid, 0).text.startswith(system.read(parent, 0).text)
+    again = system.restore(tmp_path / "child")
+    assert stopped(system, again, views[0].output_tokens + 1).kv_bytes >= alone.kv_bytes
+    for pid in (*children, again):
+        system.signal(pid, Signal.KILL)
+
+
+def test_ps_charges_the_prompt_of_many_samples_once(path: Path, system: Syscalls) -> None:
+    pid = system.spawn(process_of(path, samples=8, threads=8, max_tokens=2000))
+    while system.process(pid).shared_tokens < 7 * (COMMON - 2):
+        time.sleep(0.002)
+    view = stopped(system, pid)
+    token_bytes = 2 * 2 * 64 * LARGE.layers
+    own = view.context_tokens - 8 * (COMMON - 2)
+    assert view.prompt_tokens == 8 * COMMON and view.shared_tokens == 7 * (COMMON - 2)
+    assert 0 <= (COMMON - 2 + own) * token_bytes - view.kv_bytes <= 8 * 2 * token_bytes  # yet to be computed
+    system.signal(pid, Signal.KILL)

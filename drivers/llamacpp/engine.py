@@ -214,6 +214,8 @@ class LlamaEngine:
         for sequence in list(self._passes.outgrown):
             if quota_tokens.get(sequence.id, 0) <= 0:
                 continue
+            if sequence.slab.unified:
+                self._families.leave(sequence)  # from elsewhere, nobody there can take its KV over
             try:
                 self._slabs.move(sequence, len(sequence.tokens))
             except AdmissionRefused:

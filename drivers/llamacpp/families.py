@@ -28,6 +28,11 @@ class Family:
         """How far a member may take over what another has computed."""
         return min(self.common_tokens, member.shareable_tokens)
 
+    def source(self, member: Sequence, tokens: int) -> Sequence:
+        """Who has computed so many tokens, and is the cheapest to take them over from."""
+        able = (each for each in self.members if each.computed >= tokens)
+        return min(able, key=lambda each: (each.slab is not member.slab, each.computed))
+
 
 class Families:
     """All families of one engine; a sequence is in one of them at most."""
@@ -67,14 +72,19 @@ class Families:
         self, family: Family, quota_tokens: Mapping[int, int], taken: dict[int, int], waiting: set[int]
     ) -> None:
         first = max(family.members, key=lambda member: member.computed)
-        runnable = [member for member in family.behind() if quota_tokens.get(member.id, 0) > 0]
-        through = [member for member in runnable if family.end(member) <= first.computed]
-        others = [member for member in runnable if family.end(member) > first.computed]
+        through: list[Sequence] = []
+        others: list[Sequence] = []
+        for member in family.behind():
+            runs, is_through = quota_tokens.get(member.id, 0) > 0, family.end(member) <= first.computed
+            if is_through and (runs or self._sharing.is_free(first, member)):
+                through.append(member)
+            elif runs:
+                others.append(member)
         if others and first not in others:
             through.append(others.pop(0))  # goes ahead from here
         waiting.update(member.id for member in others if member is not first)
         for member in through:
-            before = member.computed
-            self._sharing.take_over_from(first, member, min(family.end(member), first.computed))
+            before, tokens = member.computed, min(family.end(member), first.computed)
+            self._sharing.take_over_from(family.source(member, tokens), member, tokens)
             if member.computed > before:
                 taken[member.id] = member.computed - before

@@ -84,6 +84,11 @@ class Sharing:
             return Seat(seat, shared, holder, common)
         return Seat(seat, shared)
 
+    @staticmethod
+    def is_free(holder: Sequence, sequence: Sequence) -> bool:
+        """Whether taking over costs nothing."""
+        return _shares(sequence.slab, holder)
+
     def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
         """Have a sequence that sits go on from what another one has computed of the tokens they share."""
         if self._copy_pays(holder, sequence.slab, tokens - sequence.computed):
@@ -125,8 +130,8 @@ class Sharing:
         if _shares(slab, holder):
             return gained > 0
         fits = holder.computed <= slab.window_tokens
-        if not fits and holder.slab.unified:
-            return False  # taken apart, its cells would be its own
+        if slab.unified or (holder.slab.unified and not fits):
+            return False  # a copy is not worth the cells; taken apart, a holder's cells would be its own
         return self._pays(holder.computed if fits else _PART * holder.computed, gained)
 
     @staticmethod
