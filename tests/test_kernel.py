@@ -293,6 +293,25 @@ def test_a_fork_goes_on_beside_its_parent(tmp_path: Path) -> None:
         sim.system.fork(pid)
 
 
+def test_ps_charges_what_a_parent_and_its_children_share_once() -> None:
+    sim = SimSystem()
+    token_bytes = sim.models["m"].kv_bytes_per_token
+    pid = sim.spawn(prompt="word " * 100)
+    sim.run_until(30)
+    sim.system.signal(pid, Signal.STOP)
+    twins = [sim.system.fork(pid) for _ in range(3)]
+    whole = sim.system.process(pid).kv_bytes
+    assert whole == token_bytes * (sim.system.process(pid).context_tokens - 1)
+    assert [sim.system.process(each).kv_bytes for each in twins] == [0, 0, 0]
+    sim.run_until(4 * 30 + 40)
+    sim.dispatcher.drain()
+    sim.system.signal(pid, Signal.KILL)
+    sim.dispatcher.seats.fill(sim.kernel.models["m"])
+    views = [sim.system.process(each) for each in twins]
+    drawn = sum(view.context_tokens for view in views) * token_bytes - 3 * (whole + token_bytes)
+    assert drawn > 0 and sum(view.kv_bytes for view in views) == whole + drawn
+
+
 class _Folder:
     """A catalog of real files, so that a checkpoint can name the one it needs."""
 

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.commons import Commons
-from drivers.llamacpp import family, layout
+from drivers.llamacpp import family, layout, native
+from drivers.llamacpp.buffers import Buffers
 from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.native import lib
@@ -110,6 +111,16 @@ def check(engine: LlamaEngine) -> None:
         charged = sum(each.computed - borrowed.get(each.id, 0) for each in seating.by_seat)
         assert charged <= held and (charged == held or seating.kept)
     assert borrowed.keys() <= {seq for family in families(engine) for seq in family}
+
+
+@pytest.mark.parametrize("common", [512, 3000])
+def test_a_slab_takes_no_more_than_is_planned_for_it(engine: LlamaEngine, common: int) -> None:
+    buffers, cells = Buffers(), family.cells(common)
+    native.start(lambda _level, _line: None, buffers.hear)
+    slab = engine._slabs._make(cells, family.SEATS, unified=True)
+    taken_bytes = buffers.kv_bytes + buffers.compute_bytes
+    slab.free()
+    assert 0.8 < taken_bytes / engine._slabs._unified_bytes(cells, family.SEATS) <= 1.0
 
 
 class _Forced:

@@ -316,6 +316,16 @@ class Machine(RuleBasedStateMachine):
         assert {claim.owner for claim in claims if claim.kind != "other"} == expected
 
     @invariant()
+    def what_sequences_hold_together_is_known(self) -> None:
+        for model in self.sim.kernel.models.values():
+            if model.host is None or model.to_close or self.sim.kernel.dispatcher_of(model).flights:
+                continue
+            borrowed = {
+                seat: each.borrowed for seat, each in enumerate(model.seats) if each and each.borrowed
+            }
+            assert borrowed == model.host.borrowed_tokens()
+
+    @invariant()
     def who_is_killed_gets_no_token(self) -> None:
         for pid, row in self.rows.items():
             if row.killed is not None:

@@ -99,7 +99,7 @@ def script(host: EngineHost) -> list[object]:
     kv = host.dump(1)
     host.fork(1, 5)
     host.close(0)
-    said += [kv, host.feed(3, Prompt(messages=(("user", "and then"),), max_tokens=4))]
+    said += [kv, host.borrowed_tokens(), host.feed(3, Prompt(messages=(("user", "and then"),), max_tokens=4))]
     host.start(Quantum(3, {1: 10, 3: 10, 5: 10}))
     said += events_until_end(host, 3)
     return said
@@ -316,6 +316,8 @@ class Strange(SimEngine):
         os.abort()
     def fork(self, source, target, sampling=None):
         raise ZeroDivisionError("by\\nzero")
+    def borrowed_tokens(self):
+        return {0: "all"}
     def step(self, quota):
         raise RuntimeError("decode said -3")
 
@@ -340,6 +342,11 @@ def test_nonsense_on_the_wire_ends_the_worker(strange: WorkerHost) -> None:
     with pytest.raises(WorkerDied, match="worker of nano talks nonsense"):
         strange.feed(0, prompt())
     assert not psutil.pid_exists(strange.pid)
+
+
+def test_nonsense_in_an_answer_ends_it_too(strange: WorkerHost) -> None:
+    with pytest.raises(WorkerDied, match="worker of nano talks nonsense"):
+        strange.borrowed_tokens()
 
 
 def test_last_words_go_to_the_log(strange: WorkerHost) -> None:

@@ -44,7 +44,7 @@ class Slabs:
         self._make = make
         self._budget = budget
         self._unified_bytes = unified_bytes
-        self._movable = first.plain
+        self.unites = first.plain  # where KV can be moved, families get slabs of their own
         self._curve = curve
         self._exact_alone = exact_alone
         self._add(first)
@@ -110,7 +110,7 @@ class Slabs:
         seating = self.of(holder)
         if seating.has_room(own_tokens, leaving):
             return seating
-        if holder is leaving or holder not in seating.by_seat or not self._movable:
+        if holder is leaving or holder not in seating.by_seat or not self.unites:
             return None
         own_tokens += len(holder.tokens) - common_tokens
         return self._found(holder, common_tokens) if family.pays(common_tokens, own_tokens) else None
