@@ -185,7 +185,7 @@ class SimEngine:
         self._queue.drop(target)
 
     def borrowed_tokens(self) -> dict[int, int]:
-        return self._commons.borrowed(sorted(self._sequences))
+        return self._commons.borrowed(self._sequences)
 
     def dump(self, seq: int) -> bytes:
         self._perhaps_fail("dump", self._faults.fail_dump_at)
@@ -231,6 +231,7 @@ class SimEngine:
 
     def _sit(self, seq: int, sequence: _Sequence) -> None:
         """Put a sequence on a seat; what was there, or was kept there, is lost."""
+        self._sequences.pop(seq, None)
         self._sequences[self._seat(seq)] = sequence
         self._commons.cut(seq, 0)
         self._kept.pop(seq, None)

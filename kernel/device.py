@@ -262,7 +262,7 @@ class Engine(Protocol):
         """
 
     def borrowed_tokens(self) -> Mapping[int, int]:
-        """By sequence: how many of its first tokens have KV that one of lower number has in the same bytes.
+        """By sequence: how many of its first tokens have KV that one opened before has in the same bytes.
 
         Those that borrow nothing are left out. All together hold what each has computed, less this.
         """

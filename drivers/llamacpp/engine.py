@@ -160,8 +160,9 @@ class LlamaEngine:
 
     def borrowed_tokens(self) -> dict[int, int]:
         borrowed: dict[int, int] = {}
-        for seating in self._slabs.families():
-            borrowed |= seating.borrowed()
+        for slab in (seating.slab for seating in self._slabs.families()):
+            by_seat = {each.seat: each.id for each in self._sequences.values() if each.slab is slab}
+            borrowed |= {by_seat[seat]: tokens for seat, tokens in slab.commons.borrowed(by_seat).items()}
         return borrowed
 
     def shutdown(self) -> None:

@@ -65,11 +65,6 @@ class Seating:
         self.slab.cut(seat, 0)
         return seat
 
-    def borrowed(self) -> dict[int, int]:
-        """By sequence: how many of its first tokens are in cells of one of lower number."""
-        by_seat = {each.seat: each.id for each in sorted(self.by_seat, key=lambda each: each.id)}
-        return {by_seat[seat]: tokens for seat, tokens in self.slab.commons.borrowed(by_seat).items()}
-
     def free_cells(self) -> int:
         """Of a unified slab."""
         held = {each.seat: each.computed for each in (*self.by_seat, *self.kept.values())}
@@ -99,8 +94,14 @@ class Seating:
             if not self.kept:
                 own = max(ready, key=lambda each: each.computed - self.slab.commons.most(each.seat))
                 return None if any(each.stuck for each in self.by_seat) else own
-            self.slab.cut(self.kept.popitem()[0], 0)
+            self.forget()
         return None
+
+    def forget(self) -> None:
+        """Nothing is kept any more."""
+        for seat in self.kept:
+            self.slab.cut(seat, 0)
+        self.kept.clear()
 
     def fitting_cells(self, plan: Plan) -> Plan:
         """What of a plan a unified slab has cells for: not all while one that is stuck still has its own."""

@@ -117,20 +117,33 @@ class Slabs:
 
     def _found(self, holder: Sequence, common_tokens: int) -> Seating | None:
         """Move one who sits to a slab for its family. With memory that nobody uses, or not at all."""
-        cells, seats = family.cells(common_tokens), min(family.SEATS, self._budget.most_seats)
+        cells = family.cells(common_tokens)
+        seating = self._idle(cells) or self._new_family(cells)
+        if seating is not None:
+            state = holder.slab.read(holder.seat) if holder.computed else None
+            self.of(holder).leave(holder, keep=False)
+            self._settle(holder, seating, state)
+        return seating
+
+    def _idle(self, cells: int) -> Seating | None:
+        """One that nobody sits on any more, emptied."""
+        for seating in self.families():
+            if not seating.by_seat and cells <= seating.slab.window_tokens <= 2 * cells:
+                seating.forget()
+                return seating
+        return None
+
+    def _new_family(self, cells: int) -> Seating | None:
+        seats = min(family.SEATS, self._budget.most_seats)
         left_bytes = self._budget.limit_bytes - self._budget.used_bytes(self._uses(None))
         need_bytes = self._unified_bytes(cells, seats)
         if need_bytes > min(left_bytes - self._family_bytes(None), layout.free_ram_bytes()):
             return None
         self._spare(left_bytes - need_bytes)
         try:
-            seating = self._add(self._make(cells, seats, unified=True))
+            return self._add(self._make(cells, seats, unified=True))
         except AdmissionRefused:
             return None
-        state = holder.slab.read(holder.seat) if holder.computed else None
-        self.of(holder).leave(holder, keep=False)
-        self._settle(holder, seating, state)
-        return seating
 
     def _uses(self, leaving: Sequence | None) -> dict[int, Use]:
         """Of the slabs of each class."""

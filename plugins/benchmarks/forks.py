@@ -4,6 +4,9 @@ Forks: a process is spawned, says its first token and is stopped; then it is for
 clock stops when every child has drawn a token of its own. It began before the spawn: the prompt, which is
 computed once, is in it. Independent: as many processes are spawned with a prompt of that length each, no
 two alike, to draw one token each. Alternating, in one run. At best the ratio is their number.
+
+Bytes are counted twice: when every child has drawn a token, and when it has drawn LATER_TOKENS more. What
+is in use is as `ps` counts it, shared KV once; what is reserved is the whole slab that the family sits on.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from drivers.llamacpp import family
 from kernel.errors import KernelFault, LlmosError, UsageError
 from kernel.syscall import Signal
 from plugins.benchmarks.machine import (
@@ -34,8 +38,10 @@ from shell.session import Shell
 
 AIM_SPEEDUP = 7.0
 AIM_BYTES = 1.05
-OUTPUT_TOKENS = 64  # that the parent and its children may draw; they are stopped before
+LATER_TOKENS = 64
+OUTPUT_TOKENS = 3 * LATER_TOKENS  # that the parent and its children may draw; they are stopped before
 PATIENCE_S = 120.0
+TICK_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,8 @@ class Result:
     independent_s: Spread
     speedup: Spread
     copies: Spread  # the family's bytes over the parent's alone
+    later_copies: Spread  # the same, when each child has drawn more
+    reserved_copies: float  # what a family's slab has room for, over the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class _Forked:
     elapsed_s: float
     fork_s: float
     copies: float
+    later_copies: float
 
 
 def measure(path: Path, children: int, characters: int, repeat: int, tell: Tell) -> Result:
@@ -81,6 +90,8 @@ def measure(path: Path, children: int, characters: int, repeat: int, tell: Tell)
         Spread.of([independent_s for _, independent_s in pairs]),
         Spread.of([independent_s / forked.elapsed_s for forked, independent_s in pairs]),
         Spread.of([forked.copies for forked, _ in pairs]),
+        Spread.of([forked.later_copies for forked, _ in pairs]),
+        _reserved_copies(pairs[0][0]),
     )
 
 
@@ -97,15 +108,44 @@ def _forked(machine: Machine, children: int, text: str) -> _Forked:
         pids += [system.fork(parent) for _ in range(children)]
         for pid in pids[1:]:
             _await_text(machine, pid, said)
-            with suppress(LlmosError):  # it has drawn all it may
-                system.signal(pid, Signal.STOP)
+            _signal(machine, pid, Signal.STOP)
         end_s = time.monotonic()
-        views = [system.process(pid) for pid in pids]
-        alone_bytes = max(1, views[0].kv_bytes)
-        copies = sum(view.kv_bytes for view in views) / alone_bytes
-        return _Forked(views[0].prompt_tokens, end_s - begin_s, end_s - forks_s, copies)
+        copies = _copies(machine, pids)
+        _draw_more(machine, pids[1:])
+        prompt_tokens = system.process(parent).prompt_tokens
+        return _Forked(prompt_tokens, end_s - begin_s, end_s - forks_s, copies, _copies(machine, pids))
     finally:
         machine.end(pids)
+
+
+def _copies(machine: Machine, pids: Sequence[int]) -> float:
+    """KV of all, over that of the first."""
+    views = [machine.system.process(pid) for pid in pids]
+    return sum(view.kv_bytes for view in views) / max(1, views[0].kv_bytes)
+
+
+def _draw_more(machine: Machine, pids: Sequence[int]) -> None:
+    """Each so many tokens, at least; then it is stopped again."""
+    wanted = {pid: machine.system.process(pid).output_tokens + LATER_TOKENS for pid in pids}
+    for pid in pids:
+        _signal(machine, pid, Signal.CONT)
+    end_s = time.monotonic() + PATIENCE_S
+    for pid, tokens in wanted.items():
+        while (view := machine.system.process(pid)).output_tokens < tokens and view.exit_code is None:
+            if time.monotonic() > end_s:
+                raise KernelFault(f"process {pid} says no more")
+            time.sleep(TICK_S)
+        _signal(machine, pid, Signal.STOP)
+
+
+def _signal(machine: Machine, pid: int, signal: Signal) -> None:
+    with suppress(LlmosError):  # it has drawn all it may
+        machine.system.signal(pid, signal)
+
+
+def _reserved_copies(forked: _Forked) -> float:
+    shares = forked.copies < 2
+    return family.cells(forked.prompt_tokens) / forked.prompt_tokens if shares else forked.copies
 
 
 def _independent(machine: Machine, texts: Sequence[str]) -> float:
@@ -161,6 +201,8 @@ _COLUMNS: list[Column[Result]] = [
     Column("INDEPENDENT MS", lambda row: row.independent_s.text(0, 1000), right=True, keep=50),
     Column("RATIO", lambda row: row.speedup.text(), right=True, keep=99),
     Column("KV OF ALL / OF ONE", lambda row: row.copies.text(), right=True, keep=90),
+    Column("LATER", lambda row: row.later_copies.text(), right=True, keep=40),
+    Column("RESERVED", lambda row: f"{row.reserved_copies:.2f}", right=True, keep=30),
 ]
 
 SPEC = CommandSpec(
