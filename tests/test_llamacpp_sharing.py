@@ -118,7 +118,7 @@ def test_prompts_opened_together_compute_what_they_share_once(
     told = list(steps(engine, *range(SEATS)))
     assert sum(step.prompt_tokens for step in told) == len(SYSTEM) + OWN
     assert sum(step.shared_tokens for step in told) == (SEATS - 1) * len(SYSTEM)
-    assert not engine._families._of
+    assert not engine._convoys._of
     for seq, prompt in enumerate(prompts):
         drawn = [step.token for step in told if step.seq == seq and step.token is not None]
         assert drawn == solo(fresh, prompt, TOUCHY)[0]
@@ -249,7 +249,7 @@ class Kin:
                 self.run({each: self.dice.randrange(2, 60) for each in chosen})
 
 
-def test_random_families_draw_what_they_draw_alone(engine: LlamaEngine, fresh: LlamaEngine) -> None:
+def test_random_kin_draw_what_they_draw_alone(engine: LlamaEngine, fresh: LlamaEngine) -> None:
     kin = Kin(engine, fresh, 4)
     kin.play(100)
     assert kin.checked > 10 and kin.shared_tokens > 1000
@@ -257,7 +257,7 @@ def test_random_families_draw_what_they_draw_alone(engine: LlamaEngine, fresh: L
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(40))
-def test_many_random_families(engine: LlamaEngine, fresh: LlamaEngine, seed: int) -> None:
+def test_much_random_kin(engine: LlamaEngine, fresh: LlamaEngine, seed: int) -> None:
     Kin(engine, fresh, 100 + seed).play(400)
 
 

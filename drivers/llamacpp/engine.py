@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 
 from drivers.llamacpp import kvstate
-from drivers.llamacpp.families import Families
+from drivers.llamacpp.convoys import Convoys
 from drivers.llamacpp.loading import Loaded, load
 from drivers.llamacpp.passes import Passes
 from drivers.llamacpp.prompts import Prompts
@@ -61,7 +61,7 @@ class LlamaEngine:
         self._slabs = loaded.slabs
         self._model = loaded.model
         self._sharing = Sharing(loaded.slabs, loaded.costs, loaded.weights.can_roll_back)
-        self._families = Families(self._sharing)
+        self._convoys = Convoys(self._sharing)
         self._passes = Passes(loaded.weights)
         self._prompts = Prompts(loaded.weights, loaded.info.context_tokens)
         self._sequences: dict[int, Sequence] = {}
@@ -148,7 +148,7 @@ class LlamaEngine:
         sequence = self._sequences.pop(seq, None)
         if sequence:
             sequence.sampler.free()
-            self._families.leave(sequence)
+            self._convoys.leave(sequence)
             self._sharing.leave(sequence)
             self._forget(sequence)
 
@@ -160,7 +160,7 @@ class LlamaEngine:
 
     def borrowed_tokens(self) -> dict[int, int]:
         borrowed: dict[int, int] = {}
-        for slab in (seating.slab for seating in self._slabs.families()):
+        for slab in (family.slab for family in self._slabs.families()):
             by_seat = {each.seat: each.id for each in self._sequences.values() if each.slab is slab}
             borrowed |= {by_seat[seat]: tokens for seat, tokens in slab.commons.borrowed(by_seat).items()}
         return borrowed
@@ -179,12 +179,12 @@ class LlamaEngine:
             told += self._told(quota_tokens)
         if self._passes.outgrown:
             told += self._grow(quota_tokens)
-        for seating in self._slabs.families():
-            while crowded := seating.crowded_out(quota_tokens):  # one that is stuck is waited for
+        for family in self._slabs.families():
+            while crowded := family.crowded_out(quota_tokens):
                 crowded.rests = True
                 self._passes.outgrown.append(crowded)
                 told += self._grow(quota_tokens)
-        taken, waiting = self._families.prepare(quota_tokens)
+        taken, waiting = self._convoys.prepare(quota_tokens)
         told += [SequenceStep(seq, 0, None, "", shared_tokens=tokens) for seq, tokens in taken.items()]
         done = self._pass(quota_tokens, waiting)
         if done is None and not told:
@@ -197,9 +197,7 @@ class LlamaEngine:
             ready = seating.by_seat
             if waiting:
                 ready = [each for each in ready if each.id not in waiting]
-            chosen = seating.planner.plan(ready, quota_tokens)
-            if seating.slab.unified:
-                chosen = seating.fitting_cells(chosen)
+            chosen = seating.plan(ready, quota_tokens)
             if chosen:
                 told = self._passes.run(seating.slab, chosen)
                 for done in told:
@@ -216,7 +214,7 @@ class LlamaEngine:
             if quota_tokens.get(sequence.id, 0) <= 0:
                 continue
             if sequence.slab.unified:
-                self._families.leave(sequence)  # from elsewhere, nobody there can take its KV over
+                self._convoys.leave(sequence)  # from elsewhere, nobody there can take its KV over
             try:
                 self._slabs.move(sequence, len(sequence.tokens))
             except AdmissionRefused:
@@ -272,7 +270,7 @@ class LlamaEngine:
         if sequence.finish:
             self._complete.append(sequence)
         if seat.kin:
-            self._families.join(sequence, seat.kin, seat.kin_tokens)
+            self._convoys.join(sequence, seat.kin, seat.kin_tokens)
         return sequence
 
     def _need(self, tokens: int, answer_at: int, max_tokens: int) -> int:

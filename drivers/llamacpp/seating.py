@@ -7,10 +7,9 @@ computes a gap as two passes. Among those that fit, the one that was left longes
 Owner: the engine. Not here: which slab a sequence gets (slabs.py), what it shares (sharing.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from drivers.llamacpp import family
 from drivers.llamacpp.planner import Plan, Planner
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
@@ -65,52 +64,9 @@ class Seating:
         self.slab.cut(seat, 0)
         return seat
 
-    def free_cells(self) -> int:
-        """Of a unified slab."""
-        held = {each.seat: each.computed for each in (*self.by_seat, *self.kept.values())}
-        borrowed = sum(self.slab.commons.borrowed(held).values())
-        return self.slab.window_tokens - sum(held.values()) + borrowed
-
-    def has_room(self, tokens: int, leaving: Sequence | None) -> bool:
-        """Whether it is a unified slab that can take one more, with so many tokens of its own, once `leaving`
-        has left."""
-        has_seat = self.slab.unified and (bool(self._left) or leaving in self.by_seat)
-        return has_seat and tokens + family.SPARE_TOKENS <= self.free_cells()
-
-    def trim(self, sequence: Sequence) -> None:
-        """It is about to leave: of its cells in a unified slab, those stay that others have, too."""
-        sequence.computed = min(sequence.computed, self.slab.commons.most(sequence.seat))
-        self.slab.cut(sequence.seat, sequence.computed)
-
-    def crowded_out(self, quota_tokens: Mapping[int, int]) -> Sequence | None:
-        """Who is to leave a unified slab so that all find cells in its next pass: who has most of its own.
-
-        None if nobody has to, or somebody is about to.
-        """
-        ready = [each for each in self.by_seat if not each.rests and quota_tokens.get(each.id, 0) > 0]
-        wanted = sum(min(len(each.tokens) - each.computed, quota_tokens[each.id]) for each in ready)
-        wanted = min(wanted, self.slab.capacity_tokens)
-        while wanted > self.free_cells():
-            if not self.kept:
-                own = max(ready, key=lambda each: each.computed - self.slab.commons.most(each.seat))
-                return None if any(each.stuck for each in self.by_seat) else own
-            self.forget()
-        return None
-
-    def forget(self) -> None:
-        """Nothing is kept any more."""
-        for seat in self.kept:
-            self.slab.cut(seat, 0)
-        self.kept.clear()
-
-    def fitting_cells(self, plan: Plan) -> Plan:
-        """What of a plan a unified slab has cells for: not all while one that is stuck still has its own."""
-        free, fitting = self.free_cells(), []
-        for sequence, count in plan:
-            if count <= free:
-                fitting.append((sequence, count))
-                free -= count
-        return fitting
+    def plan(self, sequences: Iterable[Sequence], quota_tokens: Mapping[int, int]) -> Plan:
+        """What some of those who sit are to compute in the next pass."""
+        return self.planner.plan(sequences, quota_tokens)
 
     def rebuild(self, make: Callable[[], Slab]) -> None:
         """Put another slab in the place of this one, with all who sit; what was kept is lost."""

@@ -1,7 +1,7 @@
 """What a prompt takes over from KV that is there already: from who sits, or from what was kept.
 
 A prompt that begins as another did need not be computed again where copying is cheaper.
-Owner: the engine. Not here: who computes a prompt that several are about to compute (families.py), how
+Owner: the engine. Not here: who computes a prompt that several are about to compute (convoys.py), how
 much may be shared at most (the engine says).
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from drivers.llamacpp import family
 from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.family import LEAST_TOKENS, Family
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
@@ -44,7 +44,7 @@ class Sharing:
     def leave(self, sequence: Sequence) -> None:
         """It ends; what it has computed stays on its seat until that is needed."""
         seating = self._slabs.of(sequence)
-        if seating.slab.unified:
+        if isinstance(seating, Family):
             seating.trim(sequence)
         keep = self._keeps and sequence.computed >= BLOCK_TOKENS
         seating.leave(sequence, keep=keep)
@@ -54,12 +54,13 @@ class Sharing:
 
     def family(self, tokens: Tokens[int], most_tokens: int, leaving: Sequence | None) -> Seating | None:
         """Where a prompt that somebody else has, too, can share its cells; made if that pays."""
-        if most_tokens < family.LEAST_TOKENS:
+        if most_tokens < LEAST_TOKENS:
             return None
         own_tokens = len(tokens) - most_tokens
 
         def has_room(holder: Sequence) -> bool:
-            return self._slabs.of(holder).has_room(own_tokens, leaving)
+            seating = self._slabs.of(holder)
+            return isinstance(seating, Family) and seating.has_room(own_tokens, leaving)
 
         holder, common = self._longest(tokens[:most_tokens], has_room, leaving)
         if holder is None or common < most_tokens or holder.sampling.exact:

@@ -9,10 +9,11 @@ Not here: how many seats a class gets (budget.py), which seat of a slab (seating
 from collections.abc import Iterable, Iterator
 from typing import Final, Protocol
 
-from drivers.llamacpp import family, layout
+from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Room, SlabBytes, Use
 from drivers.llamacpp.calibrate import measure_more
 from drivers.llamacpp.curve import Curve
+from drivers.llamacpp.family import SEATS, Family, cells_for, pays
 from drivers.llamacpp.planner import Planner
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
@@ -92,13 +93,12 @@ class Slabs:
         """Do what a room needs; returns the slab that has a free seat now."""
         if isinstance(room, Seating):
             return room
-        by_window = {each.slab.window_tokens: each for each in self.in_turn if not each.slab.unified}
+        by_window = self._classes()
         after = self._uses(None) | {window: Use(seats, 0) for window, seats in room.resize.items()}
         self._spare(self._budget.limit_bytes - self._budget.used_bytes(after))
         for window, seats in room.resize.items():
             self._resize(window, seats, by_window.get(window))
-        classes = (each for each in self.in_turn if not each.slab.unified)
-        return next(each for each in classes if each.slab.window_tokens == room.window_tokens)
+        return self._classes()[room.window_tokens]
 
     def beside(
         self, holder: Sequence, common_tokens: int, own_tokens: int, leaving: Sequence | None
@@ -108,16 +108,16 @@ class Slabs:
         Made for the two of them, if that pays and there is memory; None if a copy is to be made.
         """
         seating = self.of(holder)
-        if seating.has_room(own_tokens, leaving):
+        if isinstance(seating, Family) and seating.has_room(own_tokens, leaving):
             return seating
         if holder is leaving or holder not in seating.by_seat or not self.unites:
             return None
         own_tokens += len(holder.tokens) - common_tokens
-        return self._found(holder, common_tokens) if family.pays(common_tokens, own_tokens) else None
+        return self._found(holder, common_tokens) if pays(common_tokens, own_tokens) else None
 
-    def _found(self, holder: Sequence, common_tokens: int) -> Seating | None:
+    def _found(self, holder: Sequence, common_tokens: int) -> Family | None:
         """Move one who sits to a slab for its family. With memory that nobody uses, or not at all."""
-        cells = family.cells(common_tokens)
+        cells = cells_for(common_tokens)
         seating = self._idle(cells) or self._new_family(cells)
         if seating is not None:
             state = holder.slab.read(holder.seat) if holder.computed else None
@@ -125,34 +125,37 @@ class Slabs:
             self._settle(holder, seating, state)
         return seating
 
-    def _idle(self, cells: int) -> Seating | None:
+    def _idle(self, cells: int) -> Family | None:
         """One that nobody sits on any more, emptied."""
-        for seating in self.families():
-            if not seating.by_seat and cells <= seating.slab.window_tokens <= 2 * cells:
-                seating.forget()
-                return seating
+        for family in self.families():
+            if not family.by_seat and cells <= family.slab.window_tokens <= 2 * cells:
+                family.forget()
+                return family
         return None
 
-    def _new_family(self, cells: int) -> Seating | None:
-        seats = min(family.SEATS, self._budget.most_seats)
+    def _new_family(self, cells: int) -> Family | None:
+        seats = min(SEATS, self._budget.most_seats)
         left_bytes = self._budget.limit_bytes - self._budget.used_bytes(self._uses(None))
         need_bytes = self._unified_bytes(cells, seats)
         if need_bytes > min(left_bytes - self._family_bytes(None), layout.free_ram_bytes()):
             return None
         self._spare(left_bytes - need_bytes)
         try:
-            return self._add(self._make(cells, seats, unified=True))
+            slab = self._make(cells, seats, unified=True)
         except AdmissionRefused:
             return None
+        self.in_turn.insert(0, seating := Family(slab, self._planner(slab)))
+        return seating
 
     def _uses(self, leaving: Sequence | None) -> dict[int, Use]:
-        """Of the slabs of each class."""
-        classes = (each for each in self.in_turn if not each.slab.unified)
-        return {each.slab.window_tokens: _use(each, leaving) for each in classes}
+        return {window: _use(each, leaving) for window, each in self._classes().items()}
 
-    def families(self) -> list[Seating]:
-        """The unified slabs."""
-        return [each for each in self.in_turn if each.slab.unified]
+    def _classes(self) -> dict[int, Seating]:
+        """By window."""
+        return {each.slab.window_tokens: each for each in self.in_turn if not isinstance(each, Family)}
+
+    def families(self) -> list[Family]:
+        return [each for each in self.in_turn if isinstance(each, Family)]
 
     def _family_bytes(self, leaving: Sequence | None) -> int:
         """Of the slabs of families, but for those that nobody sits on, once `leaving` has left."""
@@ -165,10 +168,10 @@ class Slabs:
 
     def _spare(self, most_bytes: int) -> None:
         """Drop slabs of families that nobody sits on any more until they take so many bytes at most."""
-        for seating in self.families():
-            if not seating.by_seat and self._bytes(self.families()) > most_bytes:
-                self.in_turn.remove(seating)
-                seating.slab.free()
+        for family in self.families():
+            if not family.by_seat and self._bytes(self.families()) > most_bytes:
+                self.in_turn.remove(family)
+                family.slab.free()
 
     def _resize(self, window: int, seats: int, seating: Seating | None) -> None:
         if seating is not None and seats == 0:
@@ -189,10 +192,8 @@ class Slabs:
         except AdmissionRefused as error:
             raise WorkerDied(error.message, error.hint) from error
 
-    def _add(self, slab: Slab) -> Seating:
-        seating = Seating(slab, self._planner(slab))
-        self.in_turn.insert(0, seating)
-        return seating
+    def _add(self, slab: Slab) -> None:
+        self.in_turn.insert(0, Seating(slab, self._planner(slab)))
 
     def _planner(self, slab: Slab) -> Planner:
         return Planner(slab.capacity_tokens, self._exact_alone, self._curve)

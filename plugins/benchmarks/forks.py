@@ -145,7 +145,7 @@ def _signal(machine: Machine, pid: int, signal: Signal) -> None:
 
 def _reserved_copies(forked: _Forked) -> float:
     shares = forked.copies < 2
-    return family.cells(forked.prompt_tokens) / forked.prompt_tokens if shares else forked.copies
+    return family.cells_for(forked.prompt_tokens) / forked.prompt_tokens if shares else forked.copies
 
 
 def _independent(machine: Machine, texts: Sequence[str]) -> float:

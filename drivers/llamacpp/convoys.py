@@ -1,6 +1,6 @@
 """Prompts that begin alike and are computed at the same time: what they share is computed once.
 
-Of a family, one member at a time goes ahead; the others wait, and take its KV over when it has come to
+Of a convoy, one member at a time goes ahead; the others wait, and take its KV over when it has come to
 the end of what they share. Who goes ahead needs a quota: if the first one has none in this quantum, the
 next takes over from where it is, so nobody waits for one that does not run, and each pays its part.
 
@@ -15,7 +15,7 @@ from drivers.llamacpp.sharing import Sharing
 
 
 @dataclass(slots=True, eq=False)
-class Family:
+class Convoy:
     """`common_tokens`: what any two members have in common, at least."""
 
     members: list[Sequence]
@@ -34,26 +34,26 @@ class Family:
         return min(able, key=lambda each: (each.slab is not member.slab, each.computed))
 
 
-class Families:
-    """All families of one engine; a sequence is in one of them at most."""
+class Convoys:
+    """All convoys of one engine; a sequence is in one of them at most."""
 
     def __init__(self, sharing: Sharing) -> None:
         self._sharing = sharing
-        self._of: dict[int, Family] = {}  # by sequence
+        self._of: dict[int, Convoy] = {}  # by sequence
 
     def join(self, sequence: Sequence, kin: Sequence, common_tokens: int) -> None:
         """A new sequence has so many tokens in common with one that is not through with its prompt."""
-        family = self._of.get(kin.id) or Family([kin], common_tokens)
-        if 2 * common_tokens < family.common_tokens:
+        convoy = self._of.get(kin.id) or Convoy([kin], common_tokens)
+        if 2 * common_tokens < convoy.common_tokens:
             return  # the others have more in common than is worth giving up
-        family.common_tokens = min(common_tokens, family.common_tokens)
-        family.members.append(sequence)
-        self._of[kin.id] = self._of[sequence.id] = family
+        convoy.common_tokens = min(common_tokens, convoy.common_tokens)
+        convoy.members.append(sequence)
+        self._of[kin.id] = self._of[sequence.id] = convoy
 
     def leave(self, sequence: Sequence) -> None:
-        family = self._of.pop(sequence.id, None)
-        if family:
-            family.members.remove(sequence)
+        convoy = self._of.pop(sequence.id, None)
+        if convoy:
+            convoy.members.remove(sequence)
 
     def prepare(self, quota_tokens: Mapping[int, int]) -> tuple[dict[int, int], set[int]]:
         """Before a pass: (tokens taken over, by sequence; the sequences that wait)."""
@@ -61,21 +61,21 @@ class Families:
             return {}, set()
         taken: dict[int, int] = {}
         waiting: set[int] = set()
-        for family in dict.fromkeys(self._of.values()):
-            self._prepare(family, quota_tokens, taken, waiting)
-            if len(family.members) < 2 or not family.behind():
-                for member in family.members:
+        for convoy in dict.fromkeys(self._of.values()):
+            self._prepare(convoy, quota_tokens, taken, waiting)
+            if len(convoy.members) < 2 or not convoy.behind():
+                for member in convoy.members:
                     del self._of[member.id]
         return taken, waiting
 
     def _prepare(
-        self, family: Family, quota_tokens: Mapping[int, int], taken: dict[int, int], waiting: set[int]
+        self, convoy: Convoy, quota_tokens: Mapping[int, int], taken: dict[int, int], waiting: set[int]
     ) -> None:
-        first = max(family.members, key=lambda member: member.computed)
+        first = max(convoy.members, key=lambda member: member.computed)
         through: list[Sequence] = []
         others: list[Sequence] = []
-        for member in family.behind():
-            runs, is_through = quota_tokens.get(member.id, 0) > 0, family.end(member) <= first.computed
+        for member in convoy.behind():
+            runs, is_through = quota_tokens.get(member.id, 0) > 0, convoy.end(member) <= first.computed
             if is_through and (runs or self._sharing.is_free(first, member)):
                 through.append(member)
             elif runs:
@@ -84,7 +84,7 @@ class Families:
             through.append(others.pop(0))  # goes ahead from here
         waiting.update(member.id for member in others if member is not first)
         for member in through:
-            before, tokens = member.computed, min(family.end(member), first.computed)
-            self._sharing.take_over_from(family.source(member, tokens), member, tokens)
+            before, tokens = member.computed, min(convoy.end(member), first.computed)
+            self._sharing.take_over_from(convoy.source(member, tokens), member, tokens)
             if member.computed > before:
                 taken[member.id] = member.computed - before
