@@ -331,8 +331,8 @@ def decode_borrowed(header: object) -> dict[int, int]:
 
 def decode_end(header: object) -> QuantumEnd:
     match header:
-        case [int(quantum), bool(interrupted)]:
-            return QuantumEnd(quantum, interrupted)
+        case [int(quantum), bool(interrupted), borrowed]:
+            return QuantumEnd(quantum, interrupted, decode_borrowed(borrowed))
     raise Nonsense("end of a quantum")
 
 

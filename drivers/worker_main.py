@@ -120,7 +120,8 @@ class Worker:
         if event is None:
             self._quanta.popleft()
             self._flush()
-            self._channel.send(Frame(Kind.END, [quantum, interrupted]))
+            borrowed = wire.encode_borrowed(self._engine.borrowed_tokens())
+            self._channel.send(Frame(Kind.END, [quantum, interrupted, borrowed]))
             return
         self._unsent.append((quantum, event))
         now_s = time.monotonic()

@@ -166,6 +166,7 @@ class QuantumEnd:
 
     quantum: int
     interrupted: bool = False
+    borrowed_tokens: Mapping[int, int] = field(default_factory=dict)  # as `Engine.borrowed_tokens`, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +377,7 @@ class InlineHost:
         event = None if interrupted else self.engine.step(quota)
         if event is None:
             self._queue.pop(0)
-            return QuantumEnd(quantum_id, interrupted)
+            return QuantumEnd(quantum_id, interrupted, self.engine.borrowed_tokens())
         return StepEvent(quantum_id, event.step_s, event.sequences)
 
     def interrupt(self, quantum: int, *, hard: bool = False) -> None:

@@ -176,8 +176,7 @@ class Dispatcher:
                         self.seats.queue_ahead(model, thread)
             elif isinstance(event, QuantumEnd):
                 self._end_flight(event)
-                if model.shares_kv:
-                    self.seats.count_shared(model)
+                self.seats.charge(model, event.borrowed_tokens)
         except WorkerDied as error:
             self._lost(model, error)
 
@@ -215,7 +214,6 @@ class Dispatcher:
                 if step.opened is not None:
                     thread.begin(step.opened)
                     thread.computed = step.opened.shared_tokens
-                    flight.model.shares_kv |= thread.computed > 0
                     continue
                 self._book(flight, thread, step, used)
                 thread.process.device_s += event.step_s * used / total
@@ -236,7 +234,6 @@ class Dispatcher:
         tokens = step.prompt_tokens + (step.token is not None)
         grant = flight.grants.setdefault(thread, Grant())
         thread.computed += step.shared_tokens
-        flight.model.shares_kv |= step.shared_tokens > 0
         thread.process.shared_tokens += step.shared_tokens
         grant.used_tokens += tokens
         grant.used_units += used

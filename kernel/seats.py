@@ -6,6 +6,7 @@ Not here: who has the better claim (runqueue), when a round takes place (dispatc
 """
 
 import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kernel.device import Prompt
@@ -122,7 +123,6 @@ class Seats:
             thread.begin(opened)
             if not turn:
                 thread.computed = opened.shared_tokens
-                model.shares_kv |= opened.shared_tokens > 0
 
     def _reopen(self, model: Model, thread: Thread, seat: int) -> int:
         """Put a thread's history on a seat; returns how many of its tokens have their KV already."""
@@ -228,7 +228,7 @@ class Seats:
         assert source.seat is not None and thread.seat is not None
         try:
             model.open_host().fork(source.seat, thread.seat, thread.process.sampling(thread.item))
-            self.count_shared(model)
+            self.charge(model, model.open_host().borrowed_tokens())
         except LlmosError as error:
             with self._table.lock:
                 model.kv_short |= isinstance(error, AdmissionRefused)
@@ -238,9 +238,10 @@ class Seats:
             thread.computed, thread.known = source.computed, 1
         return True
 
-    def count_shared(self, model: Model) -> None:
-        """Ask what sequences hold together, so that each byte of KV is charged to one process."""
-        borrowed = model.open_host().borrowed_tokens()
+    def charge(self, model: Model, borrowed: Mapping[int, int]) -> None:
+        """Each byte of KV that sequences hold together is one process's."""
+        if not (borrowed or model.shares_kv):
+            return
         with self._table.lock:
             model.shares_kv = bool(borrowed)
             for seat, thread in enumerate(model.seats):
@@ -249,11 +250,11 @@ class Seats:
 
     def _close_vacated(self, model: Model) -> None:
         """Tell the engine of the seats that are free again."""
-        shared = model.shares_kv and bool(model.to_close)
+        shared = model.to_close and model.shares_kv
         while model.to_close:
             model.open_host().close(model.to_close[0])
             with self._table.lock:
                 model.to_close.pop(0)
                 model.kv_short = False
         if shared:
-            self.count_shared(model)
+            self.charge(model, model.open_host().borrowed_tokens())
