@@ -459,12 +459,15 @@ class SimDriver:
             kv_bytes_per_token=model.kv_bytes_per_token,
         )
 
-    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def free_bytes(self, device: DeviceInfo) -> int | None:
+        return None
+
+    def estimate(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         info = _info(self._model(model.path), options)
         return Estimate(info.weights_bytes, info.kv_bytes, info.compute_bytes)
 
-    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        return self.estimate(model, options)
+    def confirm(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
+        return self.estimate(model, options, device)
 
     def open(
         self, model: ModelInfo, device: DeviceInfo, options: EngineOptions, progress: Progress, log: LogLine

@@ -8,7 +8,7 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ class WorkerHost:
 
     info: EngineInfo
 
-    def __init__(self, name: str, log: LogLine, deadline_s: float) -> None:
+    def __init__(self, name: str, log: LogLine, deadline_s: float, environment: Mapping[str, str]) -> None:
         self._name = name
         self._log = log
         self._deadline_s = deadline_s
@@ -65,7 +65,7 @@ class WorkerHost:
         self._vacates: int | None = None  # the seat that the command under way is to vacate
         self._fraction = 0.0  # of the load
         self._reader = wire.FrameReader()
-        self._child = Child(name)
+        self._child = Child(name, environment)
         self._poller = select.poll()
         self._poller.register(self._child.sock, select.POLLIN)
 
@@ -79,12 +79,15 @@ class WorkerHost:
         log: LogLine,
         *,
         deadline_s: float = DEADLINE_S,
+        environment: Mapping[str, str] | None = None,
     ) -> "WorkerHost":
         """Start a child and load a model in it, with the engine factory "module:function".
 
+        `environment` is added to ours.
+
         Raises what the factory raises, Interrupted (progress said False), WorkerDied.
         """
-        host = cls(path.stem, log, deadline_s)
+        host = cls(path.stem, log, deadline_s, environment or {})
         try:
             host._load(factory, path, options, progress)
         except BaseException:

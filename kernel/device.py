@@ -325,10 +325,13 @@ class Driver(Protocol):
     def inspect(self, path: Path) -> ModelInfo:
         """Read the header in pure Python. Raises ModelInvalid, ModelNotFound."""
 
-    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def free_bytes(self, device: DeviceInfo) -> int | None:
+        """Memory of a device that nobody uses now, other programs included; None if it does not tell."""
+
+    def estimate(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         """Bytes needed, before loading: from the file's header, at once."""
 
-    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def confirm(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         """The same as the native library counts them, in a process of its own: slower, a second at most.
 
         Raises ModelInvalid if it refuses the file, or dies of it.

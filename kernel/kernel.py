@@ -84,7 +84,7 @@ class Kernel:
         self.admission = Admission(self)
         for driver in parts.drivers.values():
             for device in driver.devices():
-                self._add_device(device)
+                self._add_device(driver, device)
         self._add_host_pools()
         self.admission.add_processors()
 
@@ -95,13 +95,14 @@ class Kernel:
 
         return Recorder(path, self.clock, lambda text: self.log("error", "record", text))
 
-    def _add_device(self, device: DeviceInfo) -> None:
+    def _add_device(self, driver: Driver, device: DeviceInfo) -> None:
         if device.name in self.dispatchers:
             return
         if device.kind == "cpu":
             self._add_ram(device.memory_bytes)
         else:
-            self.ledger.add_pool(Pool(device.pool, device.memory_bytes))
+            available = None if driver.free_bytes(device) is None else lambda: driver.free_bytes(device) or 0
+            self.ledger.add_pool(Pool(device.pool, device.memory_bytes, available=available))
         dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
         dispatcher.scheduler.record = self.recorder.device(device.name) if self.recorder else None

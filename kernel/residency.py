@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate
+from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, ModelInfo
 from kernel.errors import (
     Interrupted,
     KernelFault,
@@ -75,7 +75,8 @@ class Residency:
         if model is None:
             driver = self.driver(entry.path)
             info = driver.inspect(entry.path)
-            estimate = driver.estimate(info, options)
+            chosen = self.device_for(driver, info, options, device)
+            estimate = driver.estimate(info, options, chosen)
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
@@ -87,7 +88,7 @@ class Residency:
                         entry.description,
                         info,
                         driver,
-                        self._device(driver, estimate, device),
+                        chosen,
                         options,
                         estimate,
                         self.usage.setdefault(entry.name, Usage()),
@@ -102,7 +103,7 @@ class Residency:
             )
         return model
 
-    def _device(self, driver: Driver, estimate: Estimate, name: str) -> DeviceInfo:
+    def device_for(self, driver: Driver, info: ModelInfo, options: EngineOptions, name: str) -> DeviceInfo:
         """The one that is named; or, of the kind its driver likes best and it can fit, that with most room.
 
         Raises UsageError, naming the driver's devices.
@@ -114,7 +115,11 @@ class Residency:
                 known = ", ".join(device.name for device in devices)
                 raise UsageError(f"no device {name} for this model", f"there is {known}")
             return named
-        fitting = [device for device in devices if device.memory_bytes >= estimate.total_bytes] or devices
+        fitting = [
+            device
+            for device in devices
+            if device.memory_bytes >= driver.estimate(info, options, device).total_bytes
+        ] or devices
         alike = [device for device in fitting if device.kind == fitting[0].kind]
         return max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool))
 

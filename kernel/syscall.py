@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel.bus import Mailbox
-from kernel.device import Driver, EngineOptions, Estimate, HostSample, ModelInfo, Sampling
+from kernel.device import DeviceInfo, Driver, EngineOptions, Estimate, HostSample, ModelInfo, Sampling
 from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
@@ -274,22 +274,33 @@ class Syscalls:
         self,
         model: str,
         options: EngineOptions = EngineOptions(),  # noqa: B008
+        device: str = "",
     ) -> tuple[ModelInfo, Estimate]:
-        """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
-        info, driver, options = self._looked_at(model, options)
-        return info, driver.estimate(info, options)
+        """What a model's header says, and the bytes it would take on a device, or the one it would go to.
 
-    def confirm(self, model: str, options: EngineOptions = EngineOptions()) -> Estimate:  # noqa: B008
+        Raises ModelNotFound, ModelInvalid, UsageError (no such device).
+        """
+        info, driver, options, chosen = self._looked_at(model, options, device)
+        return info, driver.estimate(info, options, chosen)
+
+    def confirm(
+        self,
+        model: str,
+        options: EngineOptions = EngineOptions(),  # noqa: B008
+        device: str = "",
+    ) -> Estimate:
         """The bytes it would take as its native library counts them, in a dry run. Raises as `inspect`."""
-        info, driver, options = self._looked_at(model, options)
-        return driver.confirm(info, options)
+        info, driver, options, chosen = self._looked_at(model, options, device)
+        return driver.confirm(info, options, chosen)
 
-    def _looked_at(self, model: str, options: EngineOptions) -> tuple[ModelInfo, Driver, EngineOptions]:
-        kernel = self._kernel
-        entry = kernel.residency.resolve(model)
-        driver = kernel.residency.driver(entry.path)
-        chosen = kernel.parts.options if options == EngineOptions() else options
-        return driver.inspect(entry.path), driver, chosen
+    def _looked_at(
+        self, model: str, options: EngineOptions, device: str
+    ) -> tuple[ModelInfo, Driver, EngineOptions, DeviceInfo]:
+        residency = self._kernel.residency
+        entry = residency.resolve(model)
+        driver, info = residency.driver(entry.path), residency.driver(entry.path).inspect(entry.path)
+        chosen = self._kernel.parts.options if options == EngineOptions() else options
+        return info, driver, chosen, residency.device_for(driver, info, chosen, device)
 
     # The whole
 

@@ -502,7 +502,7 @@ def test_info_is_measured_and_the_estimate_is_near() -> None:
     assert (model.architecture, model.parameters, model.context_tokens) == ("llama", 1_115_264, 512)
     assert (model.quantization, model.kv_bytes_per_token) == ("Q8_0", 4 * 2 * 128 * 2)
     options = EngineOptions(sequences=4)
-    expected, engine = driver.estimate(model, options), open_quietly(NANO, options)
+    expected, engine = driver.estimate(model, options, driver.devices()[-1]), open_quietly(NANO, options)
     info = engine.info
     engine.shutdown()
     assert (info.sequences, info.context_tokens) == (4, 512)

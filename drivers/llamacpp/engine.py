@@ -37,10 +37,10 @@ def open_engine(
     return LlamaEngine(load(path, options, _flag(abort_flag), progress, log, on_gpu=False))
 
 
-def open_engine_metal(
+def open_engine_on_gpu(
     path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine
 ) -> "LlamaEngine":
-    """The same on the GPU of the local build."""
+    """The same on the first GPU that this process sees."""
     return LlamaEngine(load(path, options, _flag(abort_flag), progress, log, on_gpu=True))
 
 

@@ -24,6 +24,7 @@ MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
 LONG_CHUNK_TOKENS: Final = 64  # where windows are long: a chunk's attention scores take memory for all of it
 LONG_WINDOW_TOKENS: Final = 8192
+GPU_CHUNK_TOKENS: Final = 512
 SMALL_FILE_BYTES: Final = 50_000_000  # below, a second thread costs more than it gives
 
 
@@ -35,6 +36,7 @@ class Layout:
     seats: int  # most sequences at once
     threads: int
     kv_tokens: int = 0  # that sequences of any length share; 0: each seat has a whole window
+    on_gpu: bool = False
 
     @property
     def options(self) -> EngineOptions:
@@ -45,7 +47,9 @@ class Layout:
         return self.kv_tokens or self.window_tokens * self.seats
 
 
-def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) -> Layout:
+def decide(
+    header: Header, options: EngineOptions, free_bytes: int, cores: int, on_gpu: bool = False
+) -> Layout:
     """Fill in what the options leave open. Raises UsageError for options out of range.
 
     Many short sequences share the memory that a few long ones would take. But where a number of sequences
@@ -61,15 +65,19 @@ def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) 
     window = options.context_tokens or min(form.context_tokens, most - most % WINDOW_STEP_TOKENS)
     window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
     if not shares:
-        return Layout(window, options.sequences or max(1, min(UNIFORM_SEATS, fitting // window)), threads)
+        seats = options.sequences or max(1, min(UNIFORM_SEATS, fitting // window))
+        return Layout(window, seats, threads, on_gpu=on_gpu)
     shortest = min(window, SHORTEST_TOKENS)
     kv_tokens = options.kv_tokens or min(DEFAULT_KV_TOKENS, DEFAULT_SEATS * shortest, fitting)
     kv_tokens = max(window, kv_tokens)
-    return Layout(window, options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest), threads, kv_tokens)
+    seats = options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest)
+    return Layout(window, seats, threads, kv_tokens, on_gpu)
 
 
-def chunk_tokens(window_tokens: int, seats: int) -> int:
+def chunk_tokens(window_tokens: int, seats: int, on_gpu: bool) -> int:
     """Most tokens of one pass over a slab; at least one for each seat."""
+    if on_gpu:  # it computes so many in a few milliseconds, and keeps no scores
+        return max(seats, GPU_CHUNK_TOKENS)
     return max(seats, CHUNK_TOKENS if window_tokens < LONG_WINDOW_TOKENS else LONG_CHUNK_TOKENS)
 
 

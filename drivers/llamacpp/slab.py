@@ -40,7 +40,7 @@ class Slab:
 
     def __init__(self, weights: Weights, layout: Layout, abort_flag: Any) -> None:
         self.seats = layout.seats
-        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats)
+        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats, layout.on_gpu)
         self._weights = weights
         self._abort_flag = abort_flag  # referenced for as long as native code reads it
         self.context = lib.llama_init_from_model(weights.handle, self._params(layout))
@@ -62,8 +62,8 @@ class Slab:
         params.n_batch = params.n_ubatch = self.capacity_tokens
         params.n_seq_max = params.n_outputs_max = layout.seats
         params.n_threads = params.n_threads_batch = layout.threads
-        params.flash_attn_type, params.kv_unified = 0, False
-        params.offload_kqv = params.op_offload = self._weights.on_gpu
+        params.flash_attn_type, params.kv_unified = int(layout.on_gpu), False
+        params.offload_kqv = params.op_offload = layout.on_gpu
         params.abort_callback = native.abort_callback
         params.abort_callback_data = ctypes.addressof(self._abort_flag)
         return params

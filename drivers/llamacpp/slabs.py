@@ -8,7 +8,6 @@ Not here: how many seats a class gets (budget.py), which seat of a slab (seating
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Room, Use
 from drivers.llamacpp.calibrate import measure_more
 from drivers.llamacpp.curve import Curve
@@ -27,10 +26,19 @@ MakeSlab = Callable[[int, int], Slab]
 class Slabs:
     """All seats of one engine."""
 
-    def __init__(self, first: Slab, make: MakeSlab, budget: Budget, curve: Curve, exact_alone: bool) -> None:
+    def __init__(
+        self,
+        first: Slab,
+        make: MakeSlab,
+        budget: Budget,
+        free_bytes: Callable[[], int],
+        curve: Curve,
+        exact_alone: bool,
+    ) -> None:
         self.in_turn: list[Seating] = []  # the one whose last pass was longest ago first
         self._make = make
         self._budget = budget
+        self._free_bytes = free_bytes  # of the device
         self._curve = curve
         self._exact_alone = exact_alone
         self._add(first)
@@ -68,9 +76,9 @@ class Slabs:
             return
         after = uses | {window: Use(seats, 0) for window, seats in room.resize.items()}
         more_bytes = self._budget.used_bytes(after) - self._budget.used_bytes(uses)
-        if more_bytes > 0 and more_bytes > (free_bytes := layout.free_ram_bytes()):
+        if more_bytes > 0 and more_bytes > (free_bytes := self._free_bytes()):
             raise AdmissionRefused(
-                f"needs {more_bytes // MIB} MiB of RAM; {free_bytes // MIB} MiB are free",
+                f"needs {more_bytes // MIB} MiB; {free_bytes // MIB} MiB are free",
                 "other programs have taken what was promised",
             )
 

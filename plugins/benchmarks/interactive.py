@@ -21,6 +21,7 @@ from plugins.benchmarks.clients import Batch, Client, LlmosClient, Reply, Server
 from plugins.benchmarks.machine import (
     booted,
     check_idle,
+    device_argument,
     model_argument,
     model_path,
     options,
@@ -58,6 +59,7 @@ class Job:
     threads: int = 0
     server: Path | None = None
     settings: str = "default"
+    device: str = ""  # "": as the kernel decides
 
     @property
     def window_tokens(self) -> int:
@@ -101,10 +103,12 @@ def measure(job: Job, tell: Tell) -> list[Row]:
     shared = options(job.path, job.seats, job.window_tokens, job.threads)
     with ExitStack() as stack:
         tell("interactive: loading")
-        clients: list[Client] = [LlmosClient(stack.enter_context(booted(job.path, shared)))]
+        machine = stack.enter_context(booted(job.path, shared, device=job.device))
+        clients: list[Client] = [LlmosClient(machine)]
         if job.server:
             words = SETTINGS[job.settings]
-            clients.append(ServerClient(stack.enter_context(Server(job.server, job.path, shared, words))))
+            server = Server(job.server, job.path, shared, machine.on_gpu, words)
+            clients.append(ServerClient(stack.enter_context(server)))
         sides = {client.name: Side() for client in clients}
         for client in clients:
             _ask(client, "warm-up", WARM_UP, 0.0, Load())
@@ -199,6 +203,7 @@ def advantage(rows: Sequence[Row]) -> float | None:
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     server_argument(parser)
+    device_argument(parser)
     parser.add("--requests", type=positive, default=40, metavar="N", help="of each kind on each side; 40")
     parser.add("--blocks", type=positive, default=2, metavar="N", help="that they are divided into; 2")
     parser.add("--batch", type=positive, default=8, metavar="N", help="batch jobs; 8")
@@ -226,6 +231,7 @@ def _run(shell: Shell, args: argparse.Namespace) -> int:
             args.threads,
             server,
             args.settings,
+            args.device,
         )
         rows = measure(job, tell)
     if args.json or shell.json:

@@ -16,7 +16,15 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugins.benchmarks.machine import booted, check_idle, model_argument, model_path, options, random_text
+from plugins.benchmarks.machine import (
+    booted,
+    check_idle,
+    device_argument,
+    model_argument,
+    model_path,
+    options,
+    random_text,
+)
 from plugins.benchmarks.progress import Tell, progress
 from plugins.benchmarks.rawside import RawSide
 from plugins.benchmarks.server import Server, server_argument, server_path
@@ -84,6 +92,7 @@ class Job:
     decode: bool = False  # whether decode is measured by itself
     server: Path | None = None
     settings: tuple[str, ...] = ()
+    device: str = ""  # "": as the kernel decides
 
 
 def measure(job: Job, sequences: int, tell: Tell) -> Row:
@@ -92,12 +101,13 @@ def measure(job: Job, sequences: int, tell: Tell) -> Row:
     shared = options(job.path, sequences, window_tokens, job.threads)
     tell(f"throughput: loading for {sequences} sequences")
     with ExitStack() as stack:
-        machine = stack.enter_context(booted(job.path, shared))
-        raw = stack.enter_context(RawSide(job.path, shared))
+        machine = stack.enter_context(booted(job.path, shared, device=job.device))
+        raw = stack.enter_context(RawSide(job.path, shared, machine.on_gpu))
         servers: dict[str, Server] = {}
         if job.server:
             for name in job.settings:
-                servers[name] = stack.enter_context(Server(job.server, job.path, shared, SETTINGS[name]))
+                server = Server(job.server, job.path, shared, machine.on_gpu, SETTINGS[name])
+                servers[name] = stack.enter_context(server)
         sides = Sides(machine, raw, servers, job.decode)
         sides.round(_texts(sequences, WARM_UP[0], "warm-up"), WARM_UP[1], tell)
         rounds = []
@@ -204,6 +214,7 @@ def settings(text: str) -> tuple[str, ...]:
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     server_argument(parser)
+    device_argument(parser)
     told = "short: prompts of 64 characters and 128 tokens; long: 1000 and 64, and decode by itself"
     parser.add("--context", choices=sorted(CONTEXTS), default="short", help=told)
     parser.add("--sequences", type=counts, default=(1, 4, 16), metavar="N,N", help="processes; 1,4,16")
@@ -227,6 +238,7 @@ def _job(path: Path, server: Path | None, args: argparse.Namespace) -> Job:
         args.context == "long",
         server,
         args.settings,
+        args.device,
     )
 
 

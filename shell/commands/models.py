@@ -80,8 +80,8 @@ def _load_model(shell: Shell, args: Namespace) -> int:
 def _dry_run(shell: Shell, args: Namespace) -> int:
     """The estimate from the header, and beside it what the native library's own dry run says."""
     options = EngineOptions(args.ctx, args.seats, args.threads)
-    info, expected = shell.system.inspect(args.model, options)
-    confirmed = shell.system.confirm(args.model, options)
+    info, expected = shell.system.inspect(args.model, options, args.device)
+    confirmed = shell.system.confirm(args.model, options, args.device)
     fits = fit_of(info, confirmed, shell.system.snapshot())
     columns = {"estimate": sizes_of(expected), "dry_run": sizes_of(confirmed)}
     if args.json or shell.json:
