@@ -113,7 +113,8 @@ class Prompt:
 
     `messages` wins over `text`: the model file's chat template is applied to it; a pair is
     (role, content). With `tokens`, the first `prompt_tokens` of them are prompt, the rest were
-    generated before: they are computed again, not emitted again.
+    generated before: they are computed again, not emitted again. So were, in a chat,
+    replies within the prompt: an exact sequence computes them one by one, as they were drawn.
     """
 
     text: str = ""
@@ -121,6 +122,7 @@ class Prompt:
     tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0
     max_tokens: int = 0  # output tokens allowed in all; 0 = until the context window is full
+    reply_bounds: tuple[int, ...] = ()  # where those begin and end, in turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -447,7 +447,7 @@ class Kernel:
 
     def on_dispatcher(self, model: Model, act: Callable[[], T]) -> T:
         """Run an act on the thread that owns the model's engine; returns or raises what it does."""
-        answered = threading.Event()
+        answered, dispatcher = threading.Event(), self.dispatcher_of(model)
         results: list[T] = []
         errors: list[LlmosError] = []
 
@@ -455,12 +455,13 @@ class Kernel:
             try:
                 results.append(act())
             except LlmosError as error:
+                if isinstance(error, WorkerDied):
+                    dispatcher.lost(model, error)
                 errors.append(error)
             except Exception as bug:  # the caller hears of it; the dispatcher lives
                 errors.append(KernelFault(f"{type(bug).__name__}: {bug}"))
             answered.set()
 
-        dispatcher = self.dispatcher_of(model)
         dispatcher.submit(request)
         if not self.parts.threaded:
             dispatcher.serve_requests()

@@ -181,6 +181,7 @@ class Thread:
     seat: int | None = None  # its seat in the engine's KV cache
     tokens: list[int] | tuple[()] = field(default=(), repr=False)  # prompt, then output
     prompt_length: int = 0  # how many of `tokens` are prompt
+    reply_bounds: tuple[int, ...] = ()  # where a chat's earlier replies begin and end in it, in turn
     computed: int = 0  # tokens whose KV exists
     kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
@@ -215,6 +216,8 @@ class Thread:
 
     def begin(self, opened: Opened) -> None:
         """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
+        if self.prompt_length < len(self.tokens):
+            self.reply_bounds += (self.prompt_length, len(self.tokens))
         self.tokens = [*self.tokens, *opened.tokens]
         self.prompt_length, self.begun = len(self.tokens), True
         self.process.prompt_tokens += len(opened.tokens)
@@ -228,7 +231,7 @@ class Thread:
 
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
-        self.tokens = ()
+        self.tokens = self.reply_bounds = ()
         self.prompt_length = self.computed = 0
         self.drop_kv()
 

@@ -84,6 +84,7 @@ class Recovery:
         for thread, state in zip(process.threads, saved.threads, strict=False):
             thread.tokens = list(state.tokens)
             thread.prompt_length, thread.begun = state.prompt_length, state.begun
+            thread.reply_bounds = state.reply_bounds
             if state.item < process.items:
                 thread.items = (state.item,)
                 process.say(thread, state.reply)
@@ -241,6 +242,7 @@ class Recovery:
                         item=thread.item,
                         begun=thread.begun,
                         prompt_length=thread.prompt_length,
+                        reply_bounds=thread.reply_bounds,
                         tokens=tuple(thread.tokens),
                         reply=thread.reply,
                         kv=state,

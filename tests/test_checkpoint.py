@@ -28,7 +28,7 @@ SPEC = ProcessSpec(
     samples=2,
 )
 THREADS = (
-    SavedThread(1, True, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500),
+    SavedThread(1, True, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500, (1, 2, 2, 3)),
     SavedThread(3, True, 2, (5, 6), "", None),
     SavedThread(4, False, 0, (), "", b"\x02" * 70),
 )
