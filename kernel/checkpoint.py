@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted, UsageError
-from kernel.process import ProcessSpec, spec_from
+from kernel.spec import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
 VERSION = 3

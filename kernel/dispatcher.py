@@ -19,10 +19,11 @@ from kernel.errors import ContextFull, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate
-from kernel.process import Process, ProcessTable, State, Thread
+from kernel.process import Process, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 from kernel.seats import Seats
 from kernel.swap import SwapSpace
+from kernel.table import ProcessTable
 
 QUANTA_IN_FLIGHT = 2
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done

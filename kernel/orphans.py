@@ -17,7 +17,7 @@ from pathlib import Path
 from kernel.checkpoint import Checkpoint, SavedThread, check
 from kernel.errors import LlmosError, NotPermitted
 from kernel.journal import TABLES, discard
-from kernel.process import spec_from
+from kernel.spec import spec_from
 
 
 @dataclass(frozen=True, slots=True)

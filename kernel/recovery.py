@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, LlmosError, NotPermitted
 from kernel.models import Model
-from kernel.process import Process, ProcessSpec, Signal, Thread, check_spec
+from kernel.process import Process, Signal, Thread
+from kernel.spec import ProcessSpec, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernel.checkpoint import Checkpoint, SavedThread, decode, encode, read, write
 from kernel.device import Sampling
 from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 
 KEY = b"k" * 32
 SPEC = ProcessSpec(

@@ -11,7 +11,7 @@ from kernel.clock import RealClock
 from kernel.device import DeviceInfo
 from kernel.errors import NotPermitted, UsageError
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 
 SECOND = DeviceInfo("sim1", "sim", "another simulated device", 64 << 30)

@@ -20,7 +20,8 @@ from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Driver, EngineOptions, Sampling
 from kernel.errors import AdmissionRefused, Interrupted, LlmosError, NotPermitted
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from plugins.benchmarks import eviction, offline
 

@@ -27,8 +27,8 @@ from kernel.device import (
 )
 from kernel.errors import ModelNotFound
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
 from kernel.snapshot import ProcessView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from plugins.benchmarks.offline import Trace, in_order, reordered
 from plugins.benchmarks.progress import progress
