@@ -296,8 +296,8 @@ class EngineHost(Protocol):
     def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
         """Wait for the next event, in order; None when the time is up (or nothing is queued)."""
 
-    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
-        """End every quantum up to this id after the current step; with `hard`, within it.
+    def interrupt(self, quantum: int) -> None:
+        """End every quantum up to this id after the current step.
 
         From any thread. The QuantumEnd still arrives.
         """
@@ -373,7 +373,7 @@ class InlineHost:
             return QuantumEnd(quantum_id, interrupted)
         return StepEvent(quantum_id, event.step_s, event.sequences)
 
-    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+    def interrupt(self, quantum: int) -> None:
         self._stop_through = max(self._stop_through, quantum)
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:

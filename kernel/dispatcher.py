@@ -15,7 +15,7 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import ContextFull, LlmosError, WorkerDied
+from kernel.errors import ContextFull, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate
@@ -73,6 +73,7 @@ class Dispatcher:
         self._wakeup = threading.Condition(table.lock)
         self._dirty = False  # guarded by table.lock
         self._stopping = False  # guarded by table.lock
+        self.fault: KernelFault | None = None  # a bug has ended its thread; guarded by table.lock
 
     # From any thread
 

@@ -20,7 +20,7 @@ from kernel.config import KernelConfig
 from kernel.control import Control
 from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
-from kernel.errors import AdmissionRefused, KernelFault, LlmosError, WorkerDied
+from kernel.errors import AdmissionRefused, Interrupted, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import weight_of
 from kernel.memory import MemoryLedger, Pool, Resources
 from kernel.message import Message
@@ -138,9 +138,11 @@ class Kernel:
                 f"kernel panic on {dispatcher.device.name}: {type(bug).__name__}", "see `dmesg`"
             )
             with self.table.lock:
-                for model in dispatcher.models:
-                    model.state, model.error = ModelState.QUARANTINED, fault
-                    self.residency.fail_users(model, fault)
+                dispatcher.fault = fault
+                self.table.changed.notify_all()
+            for model in dispatcher.models:
+                dispatcher.lost(model, WorkerDied(fault.message))
+                self.residency.quarantine(model, fault)
 
     def pump(self) -> None:
         """Run all there is to run, here and now (a kernel that is not threaded)."""
@@ -153,6 +155,7 @@ class Kernel:
             if self.down:
                 return
             self.down = True
+            self.table.changed.notify_all()
             for process in [p for p in self.table if p.alive]:
                 self.ended(process, 128 + Signal.TERM)
             for model in self.models.values():
@@ -311,8 +314,11 @@ class Kernel:
         self.publish("process", pid=process.pid, state=process.state.value, exit_code=process.exit_code)
 
     def on_dispatcher(self, model: Model, act: Callable[[], T]) -> T:
-        """Run an act on the thread that owns the model's engine; returns or raises what it does."""
-        answered, dispatcher = threading.Event(), self.dispatcher_of(model)
+        """Run an act on the thread that owns the model's engine; returns or raises what it does.
+
+        Raises KernelFault if a bug has ended that thread, Interrupted if LLMOS ends.
+        """
+        dispatcher = self.dispatcher_of(model)
         results: list[T] = []
         errors: list[LlmosError] = []
 
@@ -325,12 +331,14 @@ class Kernel:
                 errors.append(error)
             except Exception as bug:  # the caller hears of it; the dispatcher lives
                 errors.append(KernelFault(f"{type(bug).__name__}: {bug}"))
-            answered.set()
+            with self.table.lock:
+                self.table.changed.notify_all()
 
         dispatcher.submit(request)
         if not self.parts.threaded:
             dispatcher.serve_requests()
-        answered.wait()
-        for error in errors:
-            raise error
-        return results[0]
+        with self.table.lock:
+            self.table.changed.wait_for(lambda: results or errors or dispatcher.fault or self.down)
+        if results:
+            return results[0]
+        raise errors[0] if errors else dispatcher.fault or Interrupted("LLMOS is shutting down")

@@ -105,7 +105,7 @@ class Residency:
     def _device(self, driver: Driver, estimate: Estimate, name: str) -> DeviceInfo:
         """The one that is named; or, of the kind its driver likes best and it can fit, that with most room.
 
-        Raises UsageError, naming the driver's devices.
+        Raises UsageError, naming the driver's devices, KernelFault (a bug has ended what drives it).
         """
         devices = driver.devices()
         if name:
@@ -113,10 +113,16 @@ class Residency:
             if named is None:
                 known = ", ".join(device.name for device in devices)
                 raise UsageError(f"no device {name} for this model", f"there is {known}")
-            return named
+            return self._living(named)
         fitting = [device for device in devices if device.memory_bytes >= estimate.total_bytes] or devices
         alike = [device for device in fitting if device.kind == fitting[0].kind]
-        return max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool))
+        return self._living(max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool)))
+
+    def _living(self, device: DeviceInfo) -> DeviceInfo:
+        fault = self.kernel.dispatchers[device.name].fault
+        if fault is not None:
+            raise fault
+        return device
 
     @staticmethod
     def _check_options(model: Model, asked: EngineOptions) -> None:
@@ -170,9 +176,11 @@ class Residency:
     def _load_done(self, model: Model, host: EngineHost | None, error: LlmosError | None) -> None:
         """The loader's answer, on its thread."""
         with self.kernel.table.lock:
-            surplus = host if self.kernel.down or self.records.get(model.name) is not model else None
+            fault = self.kernel.dispatcher_of(model).fault
+            gone = self.kernel.down or fault or self.records.get(model.name) is not model
+            surplus = host if gone else None
             if host is None or surplus is not None:
-                self._load_failed(model, error or Interrupted("shutting down"))
+                self._load_failed(model, error or fault or Interrupted("shutting down"))
             else:
                 self._attach(model, host)
             self.kernel.table.changed.notify_all()
@@ -211,13 +219,18 @@ class Residency:
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """An engine is gone: open it again; its processes go on from their tokens."""
         self.kernel.log("error", model.name, error.message)
-        if model.state is ModelState.EVICTING:  # it was to go anyway
+        if model.state is ModelState.EVICTING or self.kernel.dispatcher_of(model).fault:  # it was to go
             return
         model.state, model.error = ModelState.LOADING, error
         self.kernel.dispatcher_of(model).scheduler.refresh(model)
         try:
             self.loader.reload(model)
         except KernelFault as fault:
+            self.quarantine(model, fault)
+
+    def quarantine(self, model: Model, fault: KernelFault) -> None:
+        """It is not opened again before somebody unloads it."""
+        with self.kernel.table.lock:
             model.state, model.error = ModelState.QUARANTINED, fault
             self.kernel.ledger.release(model.device.pool, model.name)
             self.fail_users(model, fault)
