@@ -244,6 +244,8 @@ class Residency:
             if model.users:
                 pids = ", ".join(str(process.pid) for process in self.kernel.table.users_of(model.name))
                 raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
+            if model.pinned:
+                raise NotPermitted(f"{model.name} is pinned", f"`unpin {model.name}` first")
             if model.state is ModelState.EVICTING:
                 raise NotPermitted(f"{name} is being evicted: another model needs its memory")
             is_open = model.host is not None

@@ -250,7 +250,7 @@ class Syscalls:
         self._kernel.residency.cancel(model)
 
     def pin(self, model: str, pinned: bool = True) -> None:
-        """Keep a loaded model in memory though nothing runs on it; `pinned=False` gives it up again.
+        """Keep a loaded model in memory, whoever wants it away; `pinned=False` gives it up again.
 
         Raises ModelNotFound, NotPermitted (it is not loaded).
         """
@@ -259,7 +259,7 @@ class Syscalls:
     def unload(self, model: str) -> int:
         """Close a model and free its memory; returns the bytes freed.
 
-        Raises ModelNotFound, NotPermitted (not loaded, or processes use it: they are named).
+        Raises ModelNotFound, NotPermitted (not loaded, pinned, or processes use it: they are named).
         """
         return self._kernel.residency.unload(model)
 
