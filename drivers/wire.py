@@ -269,14 +269,15 @@ def _cost_of(pair: object) -> tuple[int, float]:
 
 
 def encode_prompt(prompt: Prompt) -> list[object]:
-    return [prompt.text, prompt.messages, prompt.tokens, prompt.prompt_tokens, prompt.max_tokens]
+    counts = [prompt.prompt_tokens, prompt.max_tokens]
+    return [prompt.text, prompt.messages, prompt.tokens, counts, prompt.reply_bounds]
 
 
 def decode_prompt(header: object) -> Prompt:
     match header:
-        case [str(text), list(messages), list(tokens), int(prompt_tokens), int(max_tokens)]:
+        case [str(text), list(messages), list(tokens), [int(prompt_tokens), int(max_tokens)], list(bounds)]:
             pairs = tuple(_message_of(message) for message in messages)
-            return Prompt(text, pairs, ints_of(tokens), prompt_tokens, max_tokens)
+            return Prompt(text, pairs, ints_of(tokens), prompt_tokens, max_tokens, ints_of(bounds))
     raise Nonsense("prompt")
 
 

@@ -113,7 +113,8 @@ class Prompt:
 
     `messages` wins over `text`: the model file's chat template is applied to it; a pair is
     (role, content). With `tokens`, the first `prompt_tokens` of them are prompt, the rest were
-    generated before: they are computed again, not emitted again.
+    generated before: they are computed again, not emitted again. So were, in a chat,
+    replies within the prompt: an exact sequence computes them one by one, as they were drawn.
     """
 
     text: str = ""
@@ -121,6 +122,7 @@ class Prompt:
     tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0
     max_tokens: int = 0  # output tokens allowed in all; 0 = until the context window is full
+    reply_bounds: tuple[int, ...] = ()  # where those begin and end, in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,8 +296,8 @@ class EngineHost(Protocol):
     def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
         """Wait for the next event, in order; None when the time is up (or nothing is queued)."""
 
-    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
-        """End every quantum up to this id after the current step; with `hard`, within it.
+    def interrupt(self, quantum: int) -> None:
+        """End every quantum up to this id after the current step.
 
         From any thread. The QuantumEnd still arrives.
         """
@@ -374,7 +376,7 @@ class InlineHost:
             return QuantumEnd(quantum_id, interrupted)
         return StepEvent(quantum_id, event.step_s, event.sequences)
 
-    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+    def interrupt(self, quantum: int) -> None:
         self._stop_through = max(self._stop_through, quantum)
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:

@@ -15,14 +15,15 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import ContextFull, LlmosError, WorkerDied
+from kernel.errors import ContextFull, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate
-from kernel.process import Process, ProcessTable, State, Thread
+from kernel.process import Process, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 from kernel.seats import Seats
 from kernel.swap import SwapSpace
+from kernel.table import ProcessTable
 
 QUANTA_IN_FLIGHT = 2
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
@@ -72,6 +73,7 @@ class Dispatcher:
         self._wakeup = threading.Condition(table.lock)
         self._dirty = False  # guarded by table.lock
         self._stopping = False  # guarded by table.lock
+        self.fault: KernelFault | None = None  # a bug has ended its thread; guarded by table.lock
 
     # From any thread
 
@@ -116,7 +118,7 @@ class Dispatcher:
             try:
                 worked |= self.seats.fill(model)
             except WorkerDied as error:
-                self._lost(model, error)
+                self.lost(model, error)
                 worked = True
         while len(self.flights) < QUANTA_IN_FLIGHT and self._launch():
             worked = True
@@ -158,7 +160,7 @@ class Dispatcher:
         try:
             flight.model.open_host().start(flight.quantum(quota))
         except WorkerDied as error:
-            self._lost(flight.model, error)
+            self.lost(flight.model, error)
         return True
 
     def _next_event(self) -> None:
@@ -177,7 +179,7 @@ class Dispatcher:
             elif isinstance(event, QuantumEnd):
                 self._end_flight(event)
         except WorkerDied as error:
-            self._lost(model, error)
+            self.lost(model, error)
 
     def _end_flight(self, event: QuantumEnd) -> None:
         with self.table.lock:
@@ -306,7 +308,10 @@ class Dispatcher:
                 return
             process.state = State.RUNNABLE if model.host else State.NEW
         if thread.seat is not None:
-            self.seats.open(model, thread)
+            try:
+                self.seats.open(model, thread)
+            except WorkerDied as error:  # while nobody listened to it
+                self.lost(model, error)
         with self.table.lock:
             if process.state in (State.RUNNABLE, State.NEW) and thread not in model.queue:
                 self.scheduler.wake(thread, model)
@@ -342,9 +347,11 @@ class Dispatcher:
             )
         self.life.ended(process, error.exit_code if error else 0, error)
 
-    def _lost(self, model: Model, error: WorkerDied) -> None:
+    def lost(self, model: Model, error: WorkerDied) -> None:
         """The engine is gone. Everything needed to go on is in the process table."""
         with self.table.lock:
+            if model.host is None:  # it is known
+                return
             self.scheduler.note("lost", model=model.name)
             for flight in [f for f in self.flights if f.model is model]:
                 self.scheduler.end(flight)

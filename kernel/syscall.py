@@ -15,8 +15,9 @@ from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
 from kernel.models import ModelState
-from kernel.process import Process, ProcessSpec, Signal, State
+from kernel.process import Process, Signal, State
 from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemView
+from kernel.spec import ProcessSpec
 from kernel.views import device_view, disk_view, process_view
 
 if TYPE_CHECKING:
@@ -59,44 +60,44 @@ class Syscalls:
 
         Raises ProcessNotFound, NotPermitted (it has ended already).
         """
-        self._kernel.signal(pid, signal)
+        self._kernel.control.signal(pid, signal)
 
     def renice(self, pid: int, nice: int) -> int:
         """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
-        return self._kernel.renice(pid, nice)
+        return self._kernel.control.renice(pid, nice)
 
     def say(self, pid: int, text: str) -> int:
         """The next turn of a chat, which may still be answering; returns the number its reply has in `items`.
 
         Raises ProcessNotFound, NotPermitted (no chat, ended, or hung up), UsageError (empty).
         """
-        return self._kernel.say(pid, text)
+        return self._kernel.control.say(pid, text)
 
     def cut(self, pid: int) -> None:
         """End the reply that a chat gives or is about to, and keep what there is of it. Raises as `say`."""
-        self._kernel.cut(pid)
+        self._kernel.control.cut(pid)
 
     def hang_up(self, pid: int) -> None:
         """Nothing more will be said to a chat: it ends when all is answered. Raises as `say`."""
-        self._kernel.hang_up(pid)
+        self._kernel.control.hang_up(pid)
 
     def swap_out(self, pid: int) -> int:
         """Move a process's KV out of its engine, and keep it there until `swap_in`; returns the bytes moved.
 
         Raises ProcessNotFound, NotPermitted (it has ended).
         """
-        return self._kernel.swap_out(pid)
+        return self._kernel.control.swap_out(pid)
 
     def swap_in(self, pid: int) -> None:
         """Let a process that was swapped out by hand run again. Raises as `swap_out`."""
-        self._kernel.swap_in(pid)
+        self._kernel.control.swap_in(pid)
 
     def set_policy(self, name: str) -> str:
         """Schedule by another policy from now on: "fair", "fifo", "rr", "priority"; returns the old one.
 
         Raises UsageError, naming the policies there are.
         """
-        return self._kernel.set_policy(name)
+        return self._kernel.control.set_policy(name)
 
     def set_group(self, name: str, weight: float) -> None:
         """Make a group, or change its weight (1 is that of a process at nice 0).
@@ -104,7 +105,7 @@ class Syscalls:
         Under "fair", processes spawned with this `group` divide its weight between them; their own nice
         values do not count then. Raises UsageError.
         """
-        self._kernel.set_group(name, weight)
+        self._kernel.control.set_group(name, weight)
 
     def process(self, pid: int) -> ProcessView:
         """One process, also when it has ended. Raises ProcessNotFound."""
@@ -249,7 +250,7 @@ class Syscalls:
         self._kernel.residency.cancel(model)
 
     def pin(self, model: str, pinned: bool = True) -> None:
-        """Keep a loaded model in memory though nothing runs on it; `pinned=False` gives it up again.
+        """Keep a loaded model in memory, whoever wants it away; `pinned=False` gives it up again.
 
         Raises ModelNotFound, NotPermitted (it is not loaded).
         """
@@ -258,7 +259,7 @@ class Syscalls:
     def unload(self, model: str) -> int:
         """Close a model and free its memory; returns the bytes freed.
 
-        Raises ModelNotFound, NotPermitted (not loaded, or processes use it: they are named).
+        Raises ModelNotFound, NotPermitted (not loaded, pinned, or processes use it: they are named).
         """
         return self._kernel.residency.unload(model)
 

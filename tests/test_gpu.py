@@ -23,7 +23,7 @@ from kernel.clock import RealClock
 from kernel.device import EngineOptions, Sampling
 from kernel.errors import AdmissionRefused, UsageError
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from kernel.snapshot import ProcessView
 from kernel.syscall import Syscalls
 from llmos.paths import find_paths

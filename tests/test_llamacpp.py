@@ -452,6 +452,7 @@ BAD_CALLS = {
     "token too large": (0, Prompt(tokens=(5, 288)), GREEDY),
     "token negative": (0, Prompt(tokens=(5, -1)), GREEDY),
     "prompt longer than tokens": (0, Prompt(tokens=(5, 6), prompt_tokens=3), GREEDY),
+    "reply beyond the prompt": (0, Prompt(tokens=(5, 6, 7), prompt_tokens=2, reply_bounds=(1, 3)), GREEDY),
     "max_tokens negative": (0, Prompt(text="a", max_tokens=-1), GREEDY),
     "seq negative": (-1, Prompt(text="a"), GREEDY),
     "seq too large": (8, Prompt(text="a"), GREEDY),

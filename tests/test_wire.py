@@ -41,6 +41,7 @@ prompts = every_field(
     tokens=token_tuples,
     prompt_tokens=counts,
     max_tokens=counts,
+    reply_bounds=token_tuples,
 )
 samplings = every_field(
     Sampling,

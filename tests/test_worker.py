@@ -224,7 +224,7 @@ def test_hard_interrupt_ends_a_step_that_would_take_minutes(spawn: Spawn) -> Non
     host.open(0, prompt(), Sampling())
     host.start(Quantum(1, {0: 100}))
     assert host.poll(0.05) is None
-    host.interrupt(1, hard=True)
+    host._child.brake.stop(1, hard=True)
     *_, end = events_until_end(host, 1)
     assert end == QuantumEnd(1, interrupted=True)
 
@@ -234,7 +234,7 @@ def test_late_hard_interrupt_costs_the_next_quantum_nothing(spawn: Spawn) -> Non
     host.open(0, prompt(1), Sampling())
     host.start(Quantum(1, {0: 5}))
     events_until_end(host, 1)
-    host.interrupt(1, hard=True)
+    host._child.brake.stop(1, hard=True)
     host.start(Quantum(2, {0: 5}))
     assert len(tokens_of(events_until_end(host, 2), 0)) == 5
 
@@ -264,7 +264,7 @@ def test_kill_from_outside_is_noticed_and_told(spawn: Spawn) -> None:
     ):
         with pytest.raises(WorkerDied):
             call()
-    host.interrupt(2, hard=True)  # says nothing, breaks nothing
+    host.interrupt(2)  # says nothing, breaks nothing
     host.shutdown()
 
 

@@ -40,9 +40,7 @@ class LlamaCppDriver:
         self.isolation = isolation
 
     def devices(self) -> Sequence[DeviceInfo]:
-        import psutil
-
-        ram_bytes = int(psutil.virtual_memory().total)
+        ram_bytes = layout.ram_bytes()
         cpu = DeviceInfo("cpu", "cpu", f"{layout.cores()} cores", ram_bytes)
         if sys.platform == "darwin":
             return cpu, DeviceInfo("metal", "metal", "Apple GPU, memory shared with the CPU", ram_bytes)

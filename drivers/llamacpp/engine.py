@@ -77,7 +77,7 @@ class LlamaEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
         tokens, answer_at = self._prompts.first(prompt)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=True)
+        sequence = self._start(seq, tokens, answer_at, prompt, sampling, shares=True)
         return Opened(tuple(tokens), sequence.computed)
 
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
@@ -91,6 +91,8 @@ class LlamaEngine:
         if tokens > sequence.slab.window_tokens:
             self._slabs.move(sequence, self._need(tokens, tokens, prompt.max_tokens))
         self._forget(sequence)
+        if sequence.prompt_tokens < len(sequence.tokens):
+            sequence.reply_bounds += (sequence.prompt_tokens, len(sequence.tokens))
         sequence.tokens += added
         sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
         return Opened(tuple(added))
@@ -125,7 +127,7 @@ class LlamaEngine:
         self._check(seq)
         tokens, answer_at = self._prompts.replayed(prompt)
         computed, state = kvstate.unpack(self._model, tokens, kv)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=False)
+        sequence = self._start(seq, tokens, answer_at, prompt, sampling, shares=False)
         self._queue.drop(seq)
         if computed and not sequence.slab.write(sequence.seat, state, computed):
             self.close(seq)
@@ -226,7 +228,7 @@ class LlamaEngine:
         seq: int,
         tokens: list[int],
         answer_at: int,
-        max_tokens: int,
+        prompt: Prompt,
         sampling: Sampling,
         shares: bool,
     ) -> Sequence:
@@ -236,7 +238,7 @@ class LlamaEngine:
         two tokens of a prompt (one alone is computed with other last bits), or one that was drawn.
         """
         check(sampling)
-        need = self._need(len(tokens), answer_at, max_tokens)
+        need = self._need(len(tokens), answer_at, prompt.max_tokens)
         room = self._slabs.room(need, self._sequences.get(seq))
         self._end(seq)
         seating = self._slabs.arrange(room)
@@ -244,9 +246,10 @@ class LlamaEngine:
         seat = self._sharing.take(seating, tokens, most_tokens if shares else 0)
         sequence = Sequence(seq, tokens, 0, 0, self.info.context_tokens, sampling, Sampler(sampling))
         sequence.computed, sequence.shareable_tokens = seat.shared_tokens, most_tokens
+        sequence.reply_bounds = prompt.reply_bounds if prompt.tokens else ()
         self._sequences[seq] = sequence
         seating.enter(sequence, seat.number)
-        sequence.begin_answer(answer_at, max_tokens, self._weights)
+        sequence.begin_answer(answer_at, prompt.max_tokens, self._weights)
         if sequence.finish:
             self._complete.append(sequence)
         if seat.kin:

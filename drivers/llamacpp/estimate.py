@@ -7,7 +7,7 @@ logits). The widths come from the tensor table, so that an architecture needs no
 Not here: how an engine is laid out (layout.py), asking llama.cpp itself (confirm.py).
 """
 
-import platform
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -108,7 +108,7 @@ def repacked_bytes(header: Header) -> int:
 
 
 def _is_repacked(tensor: Tensor) -> bool:
-    family = "arm" if platform.machine() in ("arm64", "aarch64") else "x86"
+    family = "arm" if os.uname().machine in ("arm64", "aarch64") else "x86"
     return (
         GGML_TYPES[tensor.type][0] in _REPACKED[family]
         and len(tensor.dims) >= 2

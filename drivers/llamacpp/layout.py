@@ -5,6 +5,7 @@ Not here: the model's shape (shape.py), what a layout takes (estimate.py).
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from drivers.llamacpp.header import Header
@@ -99,11 +100,19 @@ def _check(options: EngineOptions) -> None:
 
 def cores() -> int:
     """Physical cores this process may run on."""
+    try:
+        cpus = [Path(f"/sys/devices/system/cpu/cpu{n}/topology") for n in os.sched_getaffinity(0)]
+        return len({(cpu / "thread_siblings_list").read_text() for cpu in cpus})
+    except (AttributeError, OSError):  # not Linux
+        pass
     import psutil
 
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def ram_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_ram_bytes() -> int:

@@ -83,10 +83,20 @@ def _wanted(sequence: Sequence, quota: int) -> int:
 
 
 def _exact_count(sequence: Sequence) -> int:
-    """A function of positions only; what was drawn is computed one by one, as it was when it was drawn."""
+    """A function of positions only; what was drawn is computed one by one, as it was when it was drawn.
+
+    The last token of an earlier reply is not: it came with the next turn's prompt.
+    """
     begin, end = sequence.computed, sequence.prompt_tokens
     if begin >= end:
         return 1
+    bounds = sequence.reply_bounds
+    for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+        if first <= begin < last - 1:
+            return 1
+        if begin < first:
+            end = first
+            break
     stop = min(end, begin - begin % EXACT_CHUNK_TOKENS + EXACT_CHUNK_TOKENS)
     return end - begin if end - stop == 1 else stop - begin
 

@@ -8,7 +8,6 @@ Not here: the clients themselves (clients.py).
 """
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from kernel.errors import UsageError
 from plugins.benchmarks.clients import Batch, Client, LlmosClient, Reply, ServerClient
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import (
     booted,
     check_idle,
@@ -27,12 +27,12 @@ from plugins.benchmarks.machine import (
     options,
     random_text,
 )
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.server import Server, server_argument, server_path
 from plugins.benchmarks.spread import Tail
 from plugins.benchmarks.throughput import SETTINGS, positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM_TTFT = 1.5  # p99 beside the batch, over p99 unloaded
@@ -211,43 +211,36 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--think", type=float, default=0.25, metavar="S", help="seconds between two prompts; 0.25")
     parser.add("--threads", type=positive, default=0, metavar="N", help="compute threads of each side")
     parser.add("--settings", choices=list(SETTINGS), default="default", help="of the server")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     if not 0 <= args.think <= 60:
         raise UsageError("bench interactive: --think is 0 to 60 s")
     check_idle(shell)
     server = server_path(args.server)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        job = Job(
-            path,
-            args.requests,
-            args.blocks,
-            args.batch,
-            args.seats or args.batch,
-            args.think,
-            args.threads,
-            server,
-            args.settings,
-            args.device,
-        )
-        rows = measure(job, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(job, rows)))
-        return 0
-    shell.out.line(f"a client beside {job.batch} batch jobs on {job.seats} seats; ms, p50 / p99 / most")
-    write_table(shell.out, _COLUMNS, rows)
-    shell.out.lines(_summary(rows))
-    return 0
+    path = model_path(shell, args.model, tell)
+    job = Job(
+        path,
+        args.requests,
+        args.blocks,
+        args.batch,
+        args.seats or args.batch,
+        args.think,
+        args.threads,
+        server,
+        args.settings,
+        args.device,
+    )
+    rows = measure(job, tell)
+    head = f"a client beside {job.batch} batch jobs on {job.seats} seats; ms, p50 / p99 / most"
+    return Report(report(job, rows), _COLUMNS, rows, head, _summary(rows))
 
 
-def _summary(rows: Sequence[Row]) -> list[str]:
+def _summary(rows: Sequence[Row]) -> str:
     lines = [f"p99 to the first token is {slowdown(rows, 'LLMOS'):.2f} times that of an idle LLMOS"]
     if (times := advantage(rows)) is not None:
         lines.append(f"and {times:.1f} times better than the server's")
-    return [", ".join(lines)]
+    return ", ".join(lines)
 
 
 def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
@@ -287,8 +280,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("LOST S", lambda row: "" if row.lost_s is None else f"{row.lost_s:.2f}", right=True, keep=65),
 ]
 
-SPEC = CommandSpec(
-    "bench interactive",
+SPEC = benchmark(
+    "interactive",
     "a client's latency beside batch jobs, against llama.cpp's server",
     _run,
     _arguments,

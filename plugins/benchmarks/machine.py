@@ -19,8 +19,8 @@ from kernel.clock import RealClock
 from kernel.device import Driver, EngineOptions, Sampling
 from kernel.errors import KernelFault, NotPermitted
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
 from kernel.snapshot import ModelView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Signal, Syscalls
 from llmos.paths import find_paths, writable
 from llmos.store import Store

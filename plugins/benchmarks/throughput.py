@@ -10,12 +10,12 @@ else uses the machine hardly touches them, but what overlaps counts in full.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import (
     booted,
     check_idle,
@@ -25,13 +25,13 @@ from plugins.benchmarks.machine import (
     options,
     random_text,
 )
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.rawside import RawSide
 from plugins.benchmarks.server import Server, server_argument, server_path
 from plugins.benchmarks.sides import Outputs, Round, Sides
 from plugins.benchmarks.spread import Spread
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM = 0.99
@@ -224,7 +224,6 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--repeat", type=positive, default=3, metavar="R", help="rounds; 3")
     told = f"of the server: {', '.join(SETTINGS)}; default,no-flash"
     parser.add("--settings", type=settings, default=("default", "no-flash"), metavar="S,S", help=told)
-    parser.add("--json", action="store_true", help="one object")
 
 
 def _job(path: Path, server: Path | None, args: argparse.Namespace) -> Job:
@@ -242,21 +241,17 @@ def _job(path: Path, server: Path | None, args: argparse.Namespace) -> Job:
     )
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
     server = server_path(args.server)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        job = _job(path, server, args)
-        rows = [measure(job, sequences, tell) for sequences in args.sequences]
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(job, rows)))
-        return 0
+    path = model_path(shell, args.model, tell)
+    job = _job(path, server, args)
+    rows = [measure(job, sequences, tell) for sequences in args.sequences]
     lengths = f"{job.prompt_characters} characters + {job.output_tokens} tokens"
-    shell.out.line(f"output tokens/s on {job.path.name}, {lengths} each; ratios are LLMOS to the other")
+    head = f"output tokens/s on {job.path.name}, {lengths} each; ratios are LLMOS to the other"
     columns = _COLUMNS + (_SERVER_COLUMNS if job.server else [])
-    write_table(shell.out, [c for c in columns if job.decode or "DECODE" not in c.header], rows)
-    return 0
+    columns = [c for c in columns if job.decode or "DECODE" not in c.header]
+    return Report(report(job, rows), columns, rows, head)
 
 
 def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
@@ -308,8 +303,8 @@ _SERVER_COLUMNS: list[Column[Row]] = [
     Column("SETTINGS", _server(lambda best: best.settings), keep=40),
 ]
 
-SPEC = CommandSpec(
-    "bench throughput",
+SPEC = benchmark(
+    "throughput",
     "tokens/s of N processes, as a ratio to a bare loop and to llama.cpp's server",
     _run,
     _arguments,

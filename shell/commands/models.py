@@ -159,7 +159,7 @@ def _loaded(view: ModelView, seconds: float) -> str:
 
 def _unload_arguments(parser: Arguments) -> None:
     parser.add("model", nargs="?", metavar="MODEL", completes=("model",))
-    parser.add("--all", action="store_true", help="every model that is not in use; 1 if one is")
+    parser.add("--all", action="store_true", help="every model that is not in use or pinned; 1 if one is")
 
 
 def _unload(shell: Shell, args: Namespace) -> int:
@@ -290,7 +290,7 @@ SPECS = (
         _pin,
         _pin_arguments,
         ("pin nano",),
-        notes="Without a pin, an idle model goes when another needs its memory.",
+        notes="Without a pin, an idle model goes when another needs its memory, and at `unload`.",
         group="models",
     ),
     CommandSpec("unpin", "take a pin back", _unpin, _pin_arguments, ("unpin nano",), group="models"),
