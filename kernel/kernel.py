@@ -256,10 +256,7 @@ class Kernel:
     def _wake(self, process: Process, model: Model) -> None:
         dispatcher = self.dispatcher_of(model)
         for thread in process.threads:
-            dispatcher.scheduler.wake(thread, model)
-            if dispatcher.seats.has_room(model, thread):
-                dispatcher.interrupt()  # let it in before the quanta in flight are used up
-        dispatcher.wake_up()
+            dispatcher.let_in(thread, model)
 
     def signal(self, pid: int, signal: Signal) -> None:
         if signal is Signal.USR1:
@@ -294,6 +291,8 @@ class Kernel:
         """A chat's engine has to hear of the turn before it may run."""
         dispatcher, thread = self.dispatcher_of(model), process.threads[0]
         dispatcher.submit(lambda: dispatcher.take_turn(model, thread))
+        if thread.seat is not None:  # else it has yet to get one
+            dispatcher.interrupt(hard=dispatcher.scheduler.yields(thread))
 
     # Chats
 
