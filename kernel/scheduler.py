@@ -232,11 +232,16 @@ class Scheduler:
         his share. (Not a group's: they have pooled theirs.) Short for its weight: that order has the least
         weighted sum of waits (Smith, "Various optimizers for single-stage production", 1956)."""
         queue = flight.model.queue
-        half_units = queue.request_units / 2
-        for thread in sorted(prompts, key=lambda prompt: prompt.pending / queue.weight_of(prompt)):
+        half_units, half_s = queue.request_units / 2, self.config.quantum_s / 2
+        least = max(map(queue.weight_of, drawers), default=0.0)
+        first = [prompt for prompt in prompts if queue.weight_of(prompt) >= least]
+        for thread in sorted(first, key=lambda prompt: prompt.pending / queue.weight_of(prompt)):
+            outweighs = 2 * queue.weight_of(thread) > queue.weight
             while thread.pending > 1 and thread.process.group is None:
                 head = queue.pick()
-                if flight.planned_s >= self.config.quantum_s / 2 or not head or queue.lag(head) > half_units:
+                if flight.planned_s >= half_s and not outweighs:
+                    return
+                if not head or queue.lag(head) > half_units * (1.5 if outweighs else 1.0):
                     return
                 if not queue.rides(thread, queue.weight_of(head), half_units):
                     break
