@@ -235,7 +235,14 @@ def decode_options(header: object) -> EngineOptions:
 def encode_info(info: EngineInfo) -> list[object]:
     costs = [[sequences, cost_s] for sequences, cost_s in info.step_cost_s.items()]
     memory = [info.weights_bytes, info.kv_bytes_per_token, info.kv_bytes, info.compute_bytes]
-    return [info.context_tokens, info.sequences, memory, costs, [info.prefill_token_s, info.copy_token_s], info.abortable]
+    return [
+        info.context_tokens,
+        info.sequences,
+        memory,
+        costs,
+        [info.prefill_token_s, info.copy_token_s],
+        info.abortable,
+    ]
 
 
 def decode_info(header: object) -> EngineInfo:

@@ -1,12 +1,13 @@
 """Which tokens go into the next forward pass. Touches no native code.
 
-Continuous batching in two kinds of pass: one token each of all sequences that wait for their next
-token, or chunks of prompts, of equal length. They take turns when both have something to do; a quantum
-begins with the prompt that was granted first. Mixed passes would not be faster (llama.cpp cuts them into parts of equal length, and each part reads the
-weights again), and the parts could be single tokens: attention over one row is computed by another
-kernel than over several, with other last bits, so a prompt's logits would depend on its neighbours.
-For the same reason a prompt is not cut so that one token is left. Where several passes of a few sequences
-each take less time than one of all, those that wait for their next token are divided into such passes.
+Continuous batching in two kinds of pass: one token each of all sequences that wait for their next token,
+or chunks of prompts, of equal length. They take turns when both have something to do; a quantum whose
+best claim is a prompt's begins with that. Mixed passes would not be faster (llama.cpp cuts them into
+parts of equal length, and each part reads the weights again), and the parts could be single tokens:
+attention over one row is computed by another kernel than over several, with other last bits, so a
+prompt's logits would depend on its neighbours. For the same reason a prompt is not cut so that one token
+is left. Where several passes of a few sequences each take less time than one of all, those that wait for
+their next token are divided into such passes.
 
 An exact sequence is cut by its own positions only, whatever its quota; and where the logits of a row
 depend on how many rows are computed with it, each exact one has passes of its own, in turn with the others.
@@ -57,7 +58,7 @@ class Planner:
             prompts.sort(key=lambda each: rank[each[0].id])
             passes[_PROMPTS] = _chunks(prompts, quota_tokens, self._room_tokens)
             if quota_tokens is not self._quantum and rank[prompts[0][0].id] == 0:
-                self._had_turn.pop(_PROMPTS, None)  # the best claim need not wait for what goes on from before
+                self._had_turn.pop(_PROMPTS, None)  # it need not wait for those who go on from before
         if decoding:
             passes[_DECODING] = decoding
         self._quantum = quota_tokens
