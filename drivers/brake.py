@@ -37,7 +37,7 @@ class Brake:
         brake._through.value = -1
         return brake
 
-    def stop(self, quantum: int, *, hard: bool = False) -> None:
+    def stop(self, quantum: int, *, hard: bool) -> None:
         """End every quantum up to this id; with `hard`, within the step. From any thread."""
         with self._lock:
             self._through.value = max(self._through.value, quantum)

@@ -396,6 +396,7 @@ def _info(model: SimModel, options: EngineOptions) -> EngineInfo:
         step_cost_s={n: model.base_s + n * model.decode_s for n in range(1, sequences + 1)},
         prefill_token_s=model.prompt_token_s,
         copy_token_s=model.copy_token_s,
+        abortable=True,
     )
 
 

@@ -235,7 +235,14 @@ def decode_options(header: object) -> EngineOptions:
 def encode_info(info: EngineInfo) -> list[object]:
     costs = [[sequences, cost_s] for sequences, cost_s in info.step_cost_s.items()]
     memory = [info.weights_bytes, info.kv_bytes_per_token, info.kv_bytes, info.compute_bytes]
-    return [info.context_tokens, info.sequences, memory, costs, [info.prefill_token_s, info.copy_token_s]]
+    return [
+        info.context_tokens,
+        info.sequences,
+        memory,
+        costs,
+        [info.prefill_token_s, info.copy_token_s],
+        info.abortable,
+    ]
 
 
 def decode_info(header: object) -> EngineInfo:
@@ -246,6 +253,7 @@ def decode_info(header: object) -> EngineInfo:
             [int(weights_bytes), int(kv_bytes_per_token), int(kv_bytes), int(compute_bytes)],
             list(costs),
             [float() | int() as prefill_token_s, float() | int() as copy_token_s],
+            bool(abortable),
         ]:
             return EngineInfo(
                 context_tokens=context_tokens,
@@ -257,6 +265,7 @@ def decode_info(header: object) -> EngineInfo:
                 step_cost_s=dict(_cost_of(pair) for pair in costs),
                 prefill_token_s=prefill_token_s,
                 copy_token_s=copy_token_s,
+                abortable=abortable,
             )
     raise Nonsense("engine info")
 

@@ -118,8 +118,8 @@ class WorkerHost:
                 return None
         return self._events.popleft()
 
-    def interrupt(self, quantum: int) -> None:
-        self._child.brake.stop(quantum)
+    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+        self._child.brake.stop(quantum, hard=hard)
 
     # -- commands -------------------------------------------------------------------------------
 

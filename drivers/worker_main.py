@@ -8,6 +8,7 @@ Any thread may post: an engine's own threads, log lines.
 Order: frames leave as they were posted: a reply after all events of the steps before it.
 """
 
+import gc
 import importlib
 import os
 import queue
@@ -243,6 +244,8 @@ def main() -> int:
 def _serve(channel: Channel, brake: Brake) -> int:
     try:
         engine = load(channel, brake)
+        gc.collect()
+        gc.freeze()  # what a load leaves stays: to look through it again costs a pass's time, or several
         channel.send(Frame(Kind.READY, wire.encode_info(engine.info)))
     except (EOFError, ConnectionError):
         raise

@@ -87,6 +87,7 @@ class EngineInfo:
     step_cost_s: Mapping[int, float]  # measured seconds of one decode step, by sequences in it
     prefill_token_s: float  # measured seconds per prompt token in a chunk
     copy_token_s: float = 0.0  # measured seconds to dump, or to restore, a token's KV
+    abortable: bool = False  # a pass that is cut short costs no more than that pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ class QuantumEnd:
 
 @dataclass(frozen=True, slots=True)
 class Quantum:
-    """One grant of steps: tokens to compute (prompt and output alike) per sequence."""
+    """One grant of steps: tokens to compute (prompt and output alike) per sequence, the best claim first."""
 
     id: int
     quota_tokens: Mapping[int, int]
@@ -251,7 +252,8 @@ class Engine(Protocol):
         """Run one forward pass over sequences with quota left, and deduct what was computed.
 
         Returns None if no sequence with quota has anything to compute. `quantum` is 0 in the
-        event; the host fills it in. Prompts go in chunks between other sequences' tokens. A step cut short by
+        event; the host fills it in. All steps of a quantum get the same mapping, in the order of claims: of
+        prompts, the first goes first. They go in chunks between other sequences' tokens. A step cut short by
         `abort` reports what it finished, perhaps nothing. An exact sequence may go past its quota by the
         rest of a chunk, if its chunks have to be of one shape.
         """
@@ -296,8 +298,8 @@ class EngineHost(Protocol):
     def poll(self, timeout_s: float | None = None) -> StepEvent | QuantumEnd | None:
         """Wait for the next event, in order; None when the time is up (or nothing is queued)."""
 
-    def interrupt(self, quantum: int) -> None:
-        """End every quantum up to this id after the current step.
+    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
+        """End every quantum up to this id after the current step; with `hard`, within it.
 
         From any thread. The QuantumEnd still arrives.
         """
@@ -376,7 +378,7 @@ class InlineHost:
             return QuantumEnd(quantum_id, interrupted)
         return StepEvent(quantum_id, event.step_s, event.sequences)
 
-    def interrupt(self, quantum: int) -> None:
+    def interrupt(self, quantum: int, *, hard: bool = False) -> None:
         self._stop_through = max(self._stop_through, quantum)
 
     def open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:

@@ -88,10 +88,18 @@ class Dispatcher:
         self._dirty = True
         self._wakeup.notify()
 
-    def interrupt(self) -> None:
-        """End the quanta in flight at the next step. With the table's lock held."""
+    def interrupt(self, *, hard: bool = False) -> None:
+        """End the quanta in flight at the next step, or within this one. With the table's lock held."""
         if self.flights:
-            self.flights[-1].model.open_host().interrupt(self.flights[-1].id)
+            self.flights[-1].model.open_host().interrupt(self.flights[-1].id, hard=hard)
+
+    def let_in(self, thread: Thread, model: Model) -> None:
+        """A thread became runnable: if it has a seat, or gets one, it goes before the rest of the quanta in
+        flight. With the table's lock held."""
+        self.scheduler.wake(thread, model)
+        if self.seats.has_room(model, thread):
+            self.interrupt(hard=self.scheduler.yields(thread))
+        self.wake_up()
 
     def stop(self) -> None:
         """End `run`, after the quanta in flight."""
@@ -314,8 +322,7 @@ class Dispatcher:
                 self.lost(model, error)
         with self.table.lock:
             if process.state in (State.RUNNABLE, State.NEW) and thread not in model.queue:
-                self.scheduler.wake(thread, model)
-                self.wake_up()
+                self.let_in(thread, model)
 
     def cut(self, model: Model, thread: Thread) -> None:
         """End a chat's reply here, or take back a turn that was not begun. On the dispatcher's thread."""

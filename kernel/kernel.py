@@ -252,6 +252,8 @@ class Kernel:
             process.state = State.SLEEPING
             dispatcher, thread = self.dispatcher_of(model), process.threads[0]
             dispatcher.submit(lambda: dispatcher.take_turn(model, thread))  # its engine hears of it first
+            if thread.seat is not None:  # else it has yet to get one
+                dispatcher.interrupt(hard=dispatcher.scheduler.yields(thread))
         else:
             process.state = State.RUNNABLE if model.state is ModelState.LOADED else State.NEW
             self._wake(process, model)
@@ -264,10 +266,7 @@ class Kernel:
     def _wake(self, process: Process, model: Model) -> None:
         dispatcher = self.dispatcher_of(model)
         for thread in process.threads:
-            dispatcher.scheduler.wake(thread, model)
-            if dispatcher.seats.has_room(model, thread):
-                dispatcher.interrupt()  # let it in before the quanta in flight are used up
-        dispatcher.wake_up()
+            dispatcher.let_in(thread, model)
 
     def group_named(self, name: str) -> Group | None:
         """Made when it is first named; none has no name. Raises AdmissionRefused (too many)."""

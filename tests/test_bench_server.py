@@ -209,6 +209,8 @@ def test_interactive_measures_both_sides(
         assert (row.batch_kept is not None) is (row.all_kept is not None) is row.loaded
     answer = interactive.report(job, rows)
     assert answer["slowdown"] == rows[1].first_token_s.p99 / rows[0].first_token_s.p99
+    assert rows[1].lost_s is not None
+    assert answer["person_kept"] == 1 - rows[1].lost_s / interactive.PERSON_S
     assert answer["advantage"] == rows[3].first_token_s.p99 / rows[1].first_token_s.p99
     json.dumps(answer)
 

@@ -23,8 +23,8 @@ from kernel.clock import RealClock
 from kernel.device import EngineOptions, Sampling
 from kernel.errors import AdmissionRefused, UsageError
 from kernel.kernel import Kernel, Parts
-from kernel.spec import ProcessSpec
 from kernel.snapshot import ProcessView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from llmos.paths import find_paths
 from llmos.store import Store

@@ -69,6 +69,7 @@ infos = every_field(
     step_cost_s=st.dictionaries(counts, reals, max_size=4),
     prefill_token_s=reals,
     copy_token_s=reals,
+    abortable=st.booleans(),
 )
 steps = every_field(
     SequenceStep,

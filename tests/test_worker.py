@@ -224,7 +224,7 @@ def test_hard_interrupt_ends_a_step_that_would_take_minutes(spawn: Spawn) -> Non
     host.open(0, prompt(), Sampling())
     host.start(Quantum(1, {0: 100}))
     assert host.poll(0.05) is None
-    host._child.brake.stop(1, hard=True)
+    host.interrupt(1, hard=True)
     *_, end = events_until_end(host, 1)
     assert end == QuantumEnd(1, interrupted=True)
 
@@ -234,7 +234,7 @@ def test_late_hard_interrupt_costs_the_next_quantum_nothing(spawn: Spawn) -> Non
     host.open(0, prompt(1), Sampling())
     host.start(Quantum(1, {0: 5}))
     events_until_end(host, 1)
-    host._child.brake.stop(1, hard=True)
+    host.interrupt(1, hard=True)
     host.start(Quantum(2, {0: 5}))
     assert len(tokens_of(events_until_end(host, 2), 0)) == 5
 

@@ -91,6 +91,7 @@ def _on(
         step_cost_s={count: costs.curve.round_s(count) for count in costs.curve.least_s},
         prefill_token_s=costs.prefill_token_s,
         copy_token_s=costs.dump_token_s,
+        abortable=weights.can_roll_back,
     )
     return Loaded(info, weights, slabs, costs, fingerprint(head))
 

@@ -38,6 +38,10 @@ from shell.session import Shell
 AIM_TTFT = 1.5  # p99 beside the batch, over p99 unloaded
 AIM_SERVER = 20.0  # the server's p99 over ours
 AIM_KEPT = 0.95
+PERSON_S = 21.0
+"""From an answer to the next prompt: to read 24 words at 238 a minute (Brysbaert, "How many words do we read
+per minute?", 2019) and to type 64 characters at 52 words of five a minute (Dhakal et al., "Observations on
+typing from 136 million keystrokes", 2018)."""
 PROMPT_CHARACTERS = 64
 OUTPUT_TOKENS = 32
 BATCH_TOKENS = 128  # of each prompt of a batch job
@@ -200,6 +204,13 @@ def advantage(rows: Sequence[Row]) -> float | None:
     return p99_s["server"] / p99_s["LLMOS"] if "server" in p99_s else None
 
 
+def person_kept(rows: Sequence[Row], side: str) -> float:
+    """Of the batch's rate alone, what a client leaves it who reads and types as people do. Not measured: what
+    a request takes from it does not depend on what comes between."""
+    (lost_s,) = (row.lost_s for row in rows if row.side == side and row.lost_s is not None)
+    return 1 - lost_s / PERSON_S
+
+
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     server_argument(parser)
@@ -240,7 +251,8 @@ def _summary(rows: Sequence[Row]) -> str:
     lines = [f"p99 to the first token is {slowdown(rows, 'LLMOS'):.2f} times that of an idle LLMOS"]
     if (times := advantage(rows)) is not None:
         lines.append(f"and {times:.1f} times better than the server's")
-    return ", ".join(lines)
+    kept = _percent(person_kept(rows, "LLMOS"))
+    return f"{', '.join(lines)}\nwho reads and types for {PERSON_S:g} s in between leaves the batch {kept}"
 
 
 def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
@@ -261,6 +273,8 @@ def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
         "aim_kept": AIM_KEPT,
         "slowdown": slowdown(rows, "LLMOS"),
         "advantage": advantage(rows),
+        "person_s": PERSON_S,
+        "person_kept": person_kept(rows, "LLMOS"),
         "rows": [asdict(row) for row in rows],
     }
 
