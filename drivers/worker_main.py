@@ -29,7 +29,7 @@ from drivers.wire import Frame, Kind
 from kernel.device import Engine, EngineOptions, LogLine, Progress, StepEvent
 from kernel.errors import WorkerDied
 
-FLUSH_S = 0.004  # steps shorter than this share a frame, so that they do not wake the parent one by one
+HOLD_S = 0.010  # what a drawn token waits at most for those after it: each frame wakes the parent
 PROGRESS_STEP = 0.005  # of a load
 
 Step = tuple[int, StepEvent]
@@ -94,7 +94,7 @@ class Worker:
         self._brake = brake
         self._quanta: deque[tuple[int, dict[int, int]]] = deque()
         self._unsent: list[Step] = []
-        self._flushed_s = 0.0
+        self._held_since_s = 0.0  # the first of `_unsent`
         self._operations: dict[Kind, Callable[[Frame], Frame]] = {
             Kind.OPEN: self._open,
             Kind.FEED: self._feed,
@@ -114,24 +114,24 @@ class Worker:
     def _advance(self, quantum: int, quota_tokens: dict[int, int]) -> None:
         """One step of a quantum, or its end."""
         interrupted = self._brake.stops(quantum)
-        started_s = time.monotonic()
         event = None if interrupted else self._engine.step(quota_tokens)
         if event is None:
             self._quanta.popleft()
             self._flush()
             self._channel.send(Frame(Kind.END, [quantum, interrupted]))
             return
-        self._unsent.append((quantum, event))
         now_s = time.monotonic()
-        next_end_s = now_s + (now_s - started_s)  # the next step is likely to be as long
-        if next_end_s - self._flushed_s >= FLUSH_S:
+        if not self._unsent:
+            self._held_since_s = now_s
+        self._unsent.append((quantum, event))
+        next_end_s = now_s + event.step_s  # the next step is likely to be as long
+        if next_end_s - self._held_since_s >= HOLD_S or _has_news(event):
             self._flush()
 
     def _flush(self) -> None:
         if self._unsent:
             self._channel.send(self._unsent)
             self._unsent = []
-            self._flushed_s = time.monotonic()
 
     def _obey(self, frame: Frame) -> None:
         match frame:
@@ -183,6 +183,11 @@ class Worker:
             _int(seq), wire.decode_prompt(prompt), wire.decode_sampling(sampling), frame.blob
         )
         return Frame(Kind.REPLY, wire.encode_opened(opened))
+
+
+def _has_news(event: StepEvent) -> bool:
+    """Whether it tells more than that answers go on: their begins and ends are not to wait."""
+    return any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences)
 
 
 def _items(frame: Frame, count: int) -> list[object]:
