@@ -65,8 +65,10 @@ class Kind(IntEnum):
     ERROR = 20
     CLOSED = 21
     STEPS = 22
-    END = 23
-    FATAL = 24
+    FATAL = 23
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,13 @@ class Frame:
     header: object = None
     blob: bytes = b""
 
-    def encode_head(self) -> bytes:
-        """All but the blob, which is sent after it without a copy."""
+    def encode(self) -> tuple[bytes, ...]:
+        """What to send: a small frame in one piece, as each wakes the reader; a large blob without a copy."""
         header = b"" if self.header is None else _to_json(self.header).encode("ascii")
         if len(header) > MAX_HEADER_BYTES or len(self.blob) > MAX_BLOB_BYTES:
             raise errors.UsageError(f"{len(header) + len(self.blob)} bytes are too many for one message")
-        return _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        head = _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        return (head, self.blob) if len(self.blob) > CHUNK_BYTES else (head + self.blob,)
 
 
 class FrameReader:
@@ -134,10 +137,9 @@ class FrameReader:
 
 
 def _kind_of(code: int) -> Kind:
-    try:
-        return Kind(code)
-    except ValueError:
-        raise Nonsense(f"frame of kind {code}") from None
+    if kind := _KINDS.get(code):
+        return kind
+    raise Nonsense(f"frame of kind {code}")
 
 
 def _header_of(data: bytes) -> object:

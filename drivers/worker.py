@@ -212,7 +212,7 @@ class WorkerHost:
         """All of a frame; takes in what the child says meanwhile, so that neither waits for ever."""
         if self._gone:
             raise WorkerDied(self._gone)
-        for part in (frame.encode_head(), frame.blob):
+        for part in frame.encode():
             rest = memoryview(part)
             while rest:
                 rest = rest[self._send_some(rest) :]
@@ -246,23 +246,24 @@ class WorkerHost:
         return bool(ready)
 
     def _read(self) -> None:
-        with self._making_sense():
-            try:
-                frames = self._reader.receive(self._child.sock)
-            except (EOFError, OSError):
-                self._die()
+        try:
+            frames = self._reader.receive(self._child.sock)
             self._heard_s = time.monotonic()
             for frame in frames:
                 self._take(frame)
+        except wire.Nonsense:
+            self._die("talks nonsense")
+        except (EOFError, OSError):
+            self._die()
 
     def _take(self, frame: Frame) -> None:
         match frame:
-            case Frame(Kind.STEPS):
+            case Frame(Kind.STEPS, end) if self._queued:
                 events = wire.unpack_steps(frame.blob)
                 self._events += (_without(e, self._closing) for e in events) if self._closing else events
-            case Frame(Kind.END, header) if self._queued:
-                self._queued -= 1
-                self._events.append(wire.decode_end(header))
+                if end is not None:
+                    self._queued -= 1
+                    self._events.append(wire.decode_end(end))
             case Frame(Kind.READY | Kind.REPLY | Kind.ERROR) if self._answered < self._asked:
                 self._answered += 1
                 self._answer = frame

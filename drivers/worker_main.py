@@ -29,11 +29,14 @@ from drivers.wire import Frame, Kind
 from kernel.device import Engine, EngineOptions, LogLine, Progress, StepEvent
 from kernel.errors import WorkerDied
 
-HOLD_S = 0.010  # what a drawn token waits at most for those after it: each frame wakes the parent
+HOLD_S = 0.010  # how long a step may wait for the next ones to share its frame: each wakes the parent
 PROGRESS_STEP = 0.005  # of a load
 
 Step = tuple[int, StepEvent]
 """The quantum it belongs to, and what it did."""
+
+Report = tuple[list[Step], list[object] | None]
+"""Steps, and the end of a quantum if it came with the last of them: as `wire.decode_end` wants it."""
 
 
 class OpenEngine(Protocol):
@@ -49,15 +52,15 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._posted: queue.SimpleQueue[Frame | list[Step] | None] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[Frame | Report | None] = queue.SimpleQueue()
         self._reader = wire.FrameReader()
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
         self._sender = threading.Thread(target=self._send_all, name="sender", daemon=True)
         self._sender.start()
 
-    def send(self, frame: Frame | list[Step]) -> None:
-        """Post a frame, or steps that share one."""
+    def send(self, frame: Frame | Report) -> None:
+        """Post a frame, or what becomes one."""
         self._posted.put(frame)
 
     def close(self) -> None:
@@ -68,11 +71,11 @@ class Channel:
     def _send_all(self) -> None:
         try:
             while (frame := self._posted.get()) is not None:
-                if isinstance(frame, list):
-                    frame = Frame(Kind.STEPS, blob=b"".join([wire.pack_step(*step) for step in frame]))
-                self._sock.sendall(frame.encode_head())
-                if frame.blob:
-                    self._sock.sendall(frame.blob)
+                if isinstance(frame, tuple):
+                    steps, end = frame
+                    frame = Frame(Kind.STEPS, end, b"".join([wire.pack_step(*step) for step in steps]))
+                for part in frame.encode():
+                    self._sock.sendall(part)
         except ConnectionError:
             pass  # the parent is gone, as the main thread will find
 
@@ -112,25 +115,28 @@ class Worker:
                 self._advance(*self._quanta[0])
 
     def _advance(self, quantum: int, quota_tokens: dict[int, int]) -> None:
-        """One step of a quantum, or its end."""
+        """One step of a quantum, or its end. Where nobody has quota left, the last step tells the end."""
         interrupted = self._brake.stops(quantum)
         event = None if interrupted else self._engine.step(quota_tokens)
-        if event is None:
+        if event is not None:
+            if not self._unsent:
+                self._held_since_s = time.monotonic()
+            self._unsent.append((quantum, event))
+        if event is None or not any(quota_tokens.values()):
             self._quanta.popleft()
-            self._flush()
-            self._channel.send(Frame(Kind.END, [quantum, interrupted]))
-            return
-        now_s = time.monotonic()
-        if not self._unsent:
-            self._held_since_s = now_s
-        self._unsent.append((quantum, event))
-        next_end_s = now_s + event.step_s  # the next step is likely to be as long
-        if next_end_s - self._held_since_s >= HOLD_S or _has_news(event):
+            self._flush([quantum, interrupted])
+        elif self._is_due(event):
             self._flush()
 
-    def _flush(self) -> None:
-        if self._unsent:
-            self._channel.send(self._unsent)
+    def _is_due(self, event: StepEvent) -> bool:
+        """Whether somebody waits for what the step told, or the next step would end too late to join it."""
+        if any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences):
+            return True
+        return time.monotonic() + event.step_s - self._held_since_s >= HOLD_S
+
+    def _flush(self, end: list[object] | None = None) -> None:
+        if self._unsent or end:
+            self._channel.send((self._unsent, end))
             self._unsent = []
 
     def _obey(self, frame: Frame) -> None:
@@ -183,11 +189,6 @@ class Worker:
             _int(seq), wire.decode_prompt(prompt), wire.decode_sampling(sampling), frame.blob
         )
         return Frame(Kind.REPLY, wire.encode_opened(opened))
-
-
-def _has_news(event: StepEvent) -> bool:
-    """Whether it tells more than that answers go on: their begins and ends are not to wait."""
-    return any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences)
 
 
 def _items(frame: Frame, count: int) -> list[object]:
