@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 from kernel import errors
@@ -209,8 +209,7 @@ def _add_news(steps: list[SequenceStep], news: object) -> None:
     for item in news if isinstance(news, list) else [news]:
         match item:
             case [int(row), opened, error, int(shared_tokens), bool(stuck)] if 0 <= row < len(steps):
-                steps[row] = replace(
-                    steps[row],
+                steps[row] = steps[row]._replace(
                     opened=None if opened is None else decode_opened(opened),
                     error=None if error is None else decode_error(error),
                     shared_tokens=shared_tokens,

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -302,4 +301,4 @@ def _without(event: StepEvent | QuantumEnd, seqs: Collection[int]) -> StepEvent 
     """The event, less what it says of these sequences."""
     if isinstance(event, QuantumEnd) or not any(step.seq in seqs for step in event.sequences):
         return event
-    return replace(event, sequences=tuple(step for step in event.sequences if step.seq not in seqs))
+    return event._replace(sequences=tuple(step for step in event.sequences if step.seq not in seqs))
