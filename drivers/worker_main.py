@@ -98,6 +98,7 @@ class Worker:
         self._quanta: deque[tuple[int, dict[int, int]]] = deque()
         self._unsent: list[Step] = []
         self._held_since_s = 0.0  # the first of `_unsent`
+        self._step_s = 0.0  # the last one
         self._operations: dict[Kind, Callable[[Frame], Frame]] = {
             Kind.OPEN: self._open,
             Kind.FEED: self._feed,
@@ -129,10 +130,14 @@ class Worker:
             self._flush()
 
     def _is_due(self, event: StepEvent) -> bool:
-        """Whether somebody waits for what the step told, or the next step would end too late to join it."""
+        """Whether somebody waits for what the step told, or the next step may end too late to join it.
+
+        It may be as long as either of the last two: passes over prompts and those that draw take turns.
+        """
+        longest_s, self._step_s = max(event.step_s, self._step_s), event.step_s
         if any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences):
             return True
-        return time.monotonic() + event.step_s - self._held_since_s >= HOLD_S
+        return time.monotonic() + longest_s - self._held_since_s >= HOLD_S
 
     def _flush(self, end: list[object] | None = None) -> None:
         if self._unsent or end:

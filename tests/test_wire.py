@@ -186,3 +186,9 @@ def test_foreign_errors_become_kernel_faults_of_one_line() -> None:
     assert type(arrived) is errors.KernelFault
     assert arrived.message == "OSError: no room"
     assert type(wire.decode_error(["system", "message", ""])) is errors.KernelFault
+
+
+def test_small_frame_is_one_send_and_large_blob_is_not_copied() -> None:
+    blob = bytes(wire.CHUNK_BYTES + 1)
+    assert len(Frame(Kind.STEPS, [7, False], b"steps").encode()) == 1
+    assert Frame(Kind.REPLY, blob=blob).encode()[1] is blob
