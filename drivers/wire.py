@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 from kernel import errors
@@ -65,8 +65,10 @@ class Kind(IntEnum):
     ERROR = 20
     CLOSED = 21
     STEPS = 22
-    END = 23
-    FATAL = 24
+    FATAL = 23
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +79,13 @@ class Frame:
     header: object = None
     blob: bytes = b""
 
-    def encode_head(self) -> bytes:
-        """All but the blob, which is sent after it without a copy."""
+    def encode(self) -> tuple[bytes, ...]:
+        """What to send: a small frame in one piece, as each wakes the reader; a large blob without a copy."""
         header = b"" if self.header is None else _to_json(self.header).encode("ascii")
         if len(header) > MAX_HEADER_BYTES or len(self.blob) > MAX_BLOB_BYTES:
             raise errors.UsageError(f"{len(header) + len(self.blob)} bytes are too many for one message")
-        return _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        head = _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        return (head, self.blob) if len(self.blob) > CHUNK_BYTES else (head + self.blob,)
 
 
 class FrameReader:
@@ -134,10 +137,9 @@ class FrameReader:
 
 
 def _kind_of(code: int) -> Kind:
-    try:
-        return Kind(code)
-    except ValueError:
-        raise Nonsense(f"frame of kind {code}") from None
+    if kind := _KINDS.get(code):
+        return kind
+    raise Nonsense(f"frame of kind {code}")
 
 
 def _header_of(data: bytes) -> object:
@@ -207,8 +209,7 @@ def _add_news(steps: list[SequenceStep], news: object) -> None:
     for item in news if isinstance(news, list) else [news]:
         match item:
             case [int(row), opened, error, int(shared_tokens), bool(stuck)] if 0 <= row < len(steps):
-                steps[row] = replace(
-                    steps[row],
+                steps[row] = steps[row]._replace(
                     opened=None if opened is None else decode_opened(opened),
                     error=None if error is None else decode_error(error),
                     shared_tokens=shared_tokens,

@@ -11,7 +11,7 @@ Not here: who runs next (scheduler), what memory is left (memory), where model f
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from kernel.errors import LlmosError
 
@@ -134,9 +134,8 @@ class Opened:
     shared_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceStep:
-    """What one step did for one sequence.
+class SequenceStep(NamedTuple):
+    """What one step did for one sequence. A tuple: one is made for every token, on both sides of the wire.
 
     A prompt of its queue that it took up, or could not, and KV that was taken over from another sequence
     are told in entries of their own, without tokens, before the entry of what was then computed: so a
@@ -154,8 +153,7 @@ class SequenceStep:
     stuck: bool = False  # it has outgrown its place, and KV memory is short: it rests until some is freed
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
+class StepEvent(NamedTuple):
     """One forward pass of an engine."""
 
     quantum: int
