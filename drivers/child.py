@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -28,14 +29,14 @@ _ENVIRONMENT = {
 class Child:
     """A running `drivers.worker_main`, with the parent's ends of what connects the two."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
         self.sock, theirs = socket.socketpair()
         self.brake = Brake.create()
         lifeline, self._leash = os.pipe()
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in _close)
         fds = (theirs.fileno(), self.brake.fd, lifeline)
         try:
-            self._process = _start(name, fds, self._output)
+            self._process = _start(name, fds, self._output, environment)
         except BaseException:
             self._close()
             raise
@@ -88,7 +89,9 @@ class Child:
         os.close(self._leash)
 
 
-def _start(name: str, fds: tuple[int, ...], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(
+    name: str, fds: tuple[int, ...], output: IO[bytes], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     # -P: the working directory is no place to import from. The name is for who reads `ps`.
     command = [sys.executable, "-P", "-m", "drivers.worker_main", *map(str, fds), name]
     import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
@@ -98,7 +101,7 @@ def _start(name: str, fds: tuple[int, ...], output: IO[bytes]) -> subprocess.Pop
         stdout=output,
         stderr=output,
         pass_fds=fds,
-        env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": import_path},
+        env={**os.environ, **_ENVIRONMENT, **environment, "PYTHONPATH": import_path},
         start_new_session=True,
     )
 

@@ -406,6 +406,7 @@ def _info(model: SimModel, options: EngineOptions) -> EngineInfo:
         step_cost_s={n: model.base_s + n * model.decode_s for n in range(1, sequences + 1)},
         prefill_token_s=model.prompt_token_s,
         copy_token_s=model.copy_token_s,
+        abortable=True,
     )
 
 
@@ -469,12 +470,15 @@ class SimDriver:
             kv_bytes_per_token=model.kv_bytes_per_token,
         )
 
-    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def free_bytes(self, device: DeviceInfo) -> int | None:
+        return None
+
+    def estimate(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         info = _info(self._model(model.path), options)
         return Estimate(info.weights_bytes, info.kv_bytes, info.compute_bytes)
 
-    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        return self.estimate(model, options)
+    def confirm(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
+        return self.estimate(model, options, device)
 
     def open(
         self, model: ModelInfo, device: DeviceInfo, options: EngineOptions, progress: Progress, log: LogLine

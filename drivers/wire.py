@@ -11,7 +11,7 @@ import json
 import socket
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 
 from kernel import errors
@@ -66,8 +66,10 @@ class Kind(IntEnum):
     ERROR = 20
     CLOSED = 21
     STEPS = 22
-    END = 23
-    FATAL = 24
+    FATAL = 23
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,13 @@ class Frame:
     header: object = None
     blob: bytes = b""
 
-    def encode_head(self) -> bytes:
-        """All but the blob, which is sent after it without a copy."""
+    def encode(self) -> tuple[bytes, ...]:
+        """What to send: a small frame in one piece, as each wakes the reader; a large blob without a copy."""
         header = b"" if self.header is None else _to_json(self.header).encode("ascii")
         if len(header) > MAX_HEADER_BYTES or len(self.blob) > MAX_BLOB_BYTES:
             raise errors.UsageError(f"{len(header) + len(self.blob)} bytes are too many for one message")
-        return _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        head = _HEAD.pack(_MAGIC, self.kind, len(header), len(self.blob)) + header
+        return (head, self.blob) if len(self.blob) > CHUNK_BYTES else (head + self.blob,)
 
 
 class FrameReader:
@@ -135,10 +138,9 @@ class FrameReader:
 
 
 def _kind_of(code: int) -> Kind:
-    try:
-        return Kind(code)
-    except ValueError:
-        raise Nonsense(f"frame of kind {code}") from None
+    if kind := _KINDS.get(code):
+        return kind
+    raise Nonsense(f"frame of kind {code}")
 
 
 def _header_of(data: bytes) -> object:
@@ -208,8 +210,7 @@ def _add_news(steps: list[SequenceStep], news: object) -> None:
     for item in news if isinstance(news, list) else [news]:
         match item:
             case [int(row), opened, error, int(shared_tokens), bool(stuck)] if 0 <= row < len(steps):
-                steps[row] = replace(
-                    steps[row],
+                steps[row] = steps[row]._replace(
                     opened=None if opened is None else decode_opened(opened),
                     error=None if error is None else decode_error(error),
                     shared_tokens=shared_tokens,
@@ -236,7 +237,14 @@ def decode_options(header: object) -> EngineOptions:
 def encode_info(info: EngineInfo) -> list[object]:
     costs = [[sequences, cost_s] for sequences, cost_s in info.step_cost_s.items()]
     memory = [info.weights_bytes, info.kv_bytes_per_token, info.kv_bytes, info.compute_bytes]
-    return [info.context_tokens, info.sequences, memory, costs, [info.prefill_token_s, info.copy_token_s]]
+    return [
+        info.context_tokens,
+        info.sequences,
+        memory,
+        costs,
+        [info.prefill_token_s, info.copy_token_s],
+        info.abortable,
+    ]
 
 
 def decode_info(header: object) -> EngineInfo:
@@ -247,6 +255,7 @@ def decode_info(header: object) -> EngineInfo:
             [int(weights_bytes), int(kv_bytes_per_token), int(kv_bytes), int(compute_bytes)],
             list(costs),
             [float() | int() as prefill_token_s, float() | int() as copy_token_s],
+            bool(abortable),
         ]:
             return EngineInfo(
                 context_tokens=context_tokens,
@@ -258,6 +267,7 @@ def decode_info(header: object) -> EngineInfo:
                 step_cost_s=dict(_cost_of(pair) for pair in costs),
                 prefill_token_s=prefill_token_s,
                 copy_token_s=copy_token_s,
+                abortable=abortable,
             )
     raise Nonsense("engine info")
 
@@ -270,14 +280,15 @@ def _cost_of(pair: object) -> tuple[int, float]:
 
 
 def encode_prompt(prompt: Prompt) -> list[object]:
-    return [prompt.text, prompt.messages, prompt.tokens, prompt.prompt_tokens, prompt.max_tokens]
+    counts = [prompt.prompt_tokens, prompt.max_tokens]
+    return [prompt.text, prompt.messages, prompt.tokens, counts, prompt.reply_bounds]
 
 
 def decode_prompt(header: object) -> Prompt:
     match header:
-        case [str(text), list(messages), list(tokens), int(prompt_tokens), int(max_tokens)]:
+        case [str(text), list(messages), list(tokens), [int(prompt_tokens), int(max_tokens)], list(bounds)]:
             pairs = tuple(_message_of(message) for message in messages)
-            return Prompt(text, pairs, ints_of(tokens), prompt_tokens, max_tokens)
+            return Prompt(text, pairs, ints_of(tokens), prompt_tokens, max_tokens, ints_of(bounds))
     raise Nonsense("prompt")
 
 

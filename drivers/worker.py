@@ -8,9 +8,8 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,7 +48,7 @@ class WorkerHost:
 
     info: EngineInfo
 
-    def __init__(self, name: str, log: LogLine, deadline_s: float) -> None:
+    def __init__(self, name: str, log: LogLine, deadline_s: float, environment: Mapping[str, str]) -> None:
         self._name = name
         self._log = log
         self._deadline_s = deadline_s
@@ -65,7 +64,7 @@ class WorkerHost:
         self._vacates: int | None = None  # the seat that the command under way is to vacate
         self._fraction = 0.0  # of the load
         self._reader = wire.FrameReader()
-        self._child = Child(name)
+        self._child = Child(name, environment)
         self._poller = select.poll()
         self._poller.register(self._child.sock, select.POLLIN)
 
@@ -79,12 +78,15 @@ class WorkerHost:
         log: LogLine,
         *,
         deadline_s: float = DEADLINE_S,
+        environment: Mapping[str, str] | None = None,
     ) -> "WorkerHost":
         """Start a child and load a model in it, with the engine factory "module:function".
 
+        `environment` is added to ours.
+
         Raises what the factory raises, Interrupted (progress said False), WorkerDied.
         """
-        host = cls(path.stem, log, deadline_s)
+        host = cls(path.stem, log, deadline_s, environment or {})
         try:
             host._load(factory, path, options, progress)
         except BaseException:
@@ -217,7 +219,7 @@ class WorkerHost:
         """All of a frame; takes in what the child says meanwhile, so that neither waits for ever."""
         if self._gone:
             raise WorkerDied(self._gone)
-        for part in (frame.encode_head(), frame.blob):
+        for part in frame.encode():
             rest = memoryview(part)
             while rest:
                 rest = rest[self._send_some(rest) :]
@@ -251,23 +253,24 @@ class WorkerHost:
         return bool(ready)
 
     def _read(self) -> None:
-        with self._making_sense():
-            try:
-                frames = self._reader.receive(self._child.sock)
-            except (EOFError, OSError):
-                self._die()
+        try:
+            frames = self._reader.receive(self._child.sock)
             self._heard_s = time.monotonic()
             for frame in frames:
                 self._take(frame)
+        except wire.Nonsense:
+            self._die("talks nonsense")
+        except (EOFError, OSError):
+            self._die()
 
     def _take(self, frame: Frame) -> None:
         match frame:
-            case Frame(Kind.STEPS):
+            case Frame(Kind.STEPS, end) if self._queued:
                 events = wire.unpack_steps(frame.blob)
                 self._events += (_without(e, self._closing) for e in events) if self._closing else events
-            case Frame(Kind.END, header) if self._queued:
-                self._queued -= 1
-                self._events.append(wire.decode_end(header))
+                if end is not None:
+                    self._queued -= 1
+                    self._events.append(wire.decode_end(end))
             case Frame(Kind.READY | Kind.REPLY | Kind.ERROR) if self._answered < self._asked:
                 self._answered += 1
                 self._answer = frame
@@ -306,4 +309,4 @@ def _without(event: StepEvent | QuantumEnd, seqs: Collection[int]) -> StepEvent 
     """The event, less what it says of these sequences."""
     if isinstance(event, QuantumEnd) or not any(step.seq in seqs for step in event.sequences):
         return event
-    return replace(event, sequences=tuple(step for step in event.sequences if step.seq not in seqs))
+    return event._replace(sequences=tuple(step for step in event.sequences if step.seq not in seqs))

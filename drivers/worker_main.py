@@ -8,6 +8,7 @@ Any thread may post: an engine's own threads, log lines.
 Order: frames leave as they were posted: a reply after all events of the steps before it.
 """
 
+import gc
 import importlib
 import os
 import queue
@@ -29,11 +30,14 @@ from drivers.wire import Frame, Kind
 from kernel.device import Engine, EngineOptions, LogLine, Progress, StepEvent
 from kernel.errors import WorkerDied
 
-FLUSH_S = 0.004  # steps shorter than this share a frame, so that they do not wake the parent one by one
+HOLD_S = 0.010  # how long a step may wait for the next ones to share its frame: each wakes the parent
 PROGRESS_STEP = 0.005  # of a load
 
 Step = tuple[int, StepEvent]
 """The quantum it belongs to, and what it did."""
+
+Report = tuple[list[Step], list[object] | None]
+"""Steps, and the end of a quantum if it came with the last of them: as `wire.decode_end` wants it."""
 
 
 class OpenEngine(Protocol):
@@ -49,15 +53,15 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._posted: queue.SimpleQueue[Frame | list[Step] | None] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[Frame | Report | None] = queue.SimpleQueue()
         self._reader = wire.FrameReader()
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
         self._sender = threading.Thread(target=self._send_all, name="sender", daemon=True)
         self._sender.start()
 
-    def send(self, frame: Frame | list[Step]) -> None:
-        """Post a frame, or steps that share one."""
+    def send(self, frame: Frame | Report) -> None:
+        """Post a frame, or what becomes one."""
         self._posted.put(frame)
 
     def close(self) -> None:
@@ -68,11 +72,11 @@ class Channel:
     def _send_all(self) -> None:
         try:
             while (frame := self._posted.get()) is not None:
-                if isinstance(frame, list):
-                    frame = Frame(Kind.STEPS, blob=b"".join([wire.pack_step(*step) for step in frame]))
-                self._sock.sendall(frame.encode_head())
-                if frame.blob:
-                    self._sock.sendall(frame.blob)
+                if isinstance(frame, tuple):
+                    steps, end = frame
+                    frame = Frame(Kind.STEPS, end, b"".join([wire.pack_step(*step) for step in steps]))
+                for part in frame.encode():
+                    self._sock.sendall(part)
         except ConnectionError:
             pass  # the parent is gone, as the main thread will find
 
@@ -94,7 +98,8 @@ class Worker:
         self._brake = brake
         self._quanta: deque[tuple[int, dict[int, int]]] = deque()
         self._unsent: list[Step] = []
-        self._flushed_s = 0.0
+        self._held_since_s = 0.0  # the first of `_unsent`
+        self._step_s = 0.0  # the last one
         self._operations: dict[Kind, Callable[[Frame], Frame]] = {
             Kind.OPEN: self._open,
             Kind.FEED: self._feed,
@@ -113,27 +118,34 @@ class Worker:
                 self._advance(*self._quanta[0])
 
     def _advance(self, quantum: int, quota_tokens: dict[int, int]) -> None:
-        """One step of a quantum, or its end."""
+        """One step of a quantum, or its end. Where nobody has quota left, the last step tells the end."""
         interrupted = self._brake.stops(quantum)
-        started_s = time.monotonic()
         event = None if interrupted else self._engine.step(quota_tokens)
-        if event is None:
+        if event is not None:
+            if not self._unsent:
+                self._held_since_s = time.monotonic()
+            self._unsent.append((quantum, event))
+        if event is None or not any(quota_tokens.values()):
             self._quanta.popleft()
-            self._flush()
             borrowed = wire.encode_borrowed(self._engine.borrowed_tokens())
-            self._channel.send(Frame(Kind.END, [quantum, interrupted, borrowed]))
-            return
-        self._unsent.append((quantum, event))
-        now_s = time.monotonic()
-        next_end_s = now_s + (now_s - started_s)  # the next step is likely to be as long
-        if next_end_s - self._flushed_s >= FLUSH_S:
+            self._flush([quantum, interrupted, borrowed])
+        elif self._is_due(event):
             self._flush()
 
-    def _flush(self) -> None:
-        if self._unsent:
-            self._channel.send(self._unsent)
+    def _is_due(self, event: StepEvent) -> bool:
+        """Whether somebody waits for what the step told, or the next step may end too late to join it.
+
+        It may be as long as either of the last two: passes over prompts and those that draw take turns.
+        """
+        longest_s, self._step_s = max(event.step_s, self._step_s), event.step_s
+        if any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences):
+            return True
+        return time.monotonic() + longest_s - self._held_since_s >= HOLD_S
+
+    def _flush(self, end: list[object] | None = None) -> None:
+        if self._unsent or end:
+            self._channel.send((self._unsent, end))
             self._unsent = []
-            self._flushed_s = time.monotonic()
 
     def _obey(self, frame: Frame) -> None:
         match frame:
@@ -248,6 +260,8 @@ def main() -> int:
 def _serve(channel: Channel, brake: Brake) -> int:
     try:
         engine = load(channel, brake)
+        gc.collect()
+        gc.freeze()  # what a load leaves stays: to look through it again costs a pass's time, or several
         channel.send(Frame(Kind.READY, wire.encode_info(engine.info)))
     except (EOFError, ConnectionError):
         raise

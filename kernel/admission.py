@@ -18,7 +18,8 @@ from kernel.errors import AdmissionRefused
 from kernel.eviction import Eviction
 from kernel.memory import Asks, Claim, Pool
 from kernel.models import Model, ModelState
-from kernel.process import Process, ProcessSpec, State
+from kernel.process import Process, State
+from kernel.spec import ProcessSpec
 
 if TYPE_CHECKING:
     from kernel.kernel import Kernel

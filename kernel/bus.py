@@ -8,7 +8,7 @@ Not here: persistence, delivery to other machines.
 import threading
 from collections import deque
 
-from kernel.errors import MailboxClosed, MailboxFull, WouldBlock
+from kernel.errors import MailboxClosed, WouldBlock
 from kernel.message import Message, Priority
 
 
@@ -25,24 +25,16 @@ class Mailbox:
     def __len__(self) -> int:
         return sum(map(len, self._inbox))
 
-    def send_nowait(self, message: Message) -> None:
-        """Append a message and wake one receiver. Raises MailboxFull, MailboxClosed."""
-        with self._ready:
-            if self._closed:
-                raise MailboxClosed("the mailbox is closed")
-            if len(self) >= self.capacity_messages:
-                raise MailboxFull(f"{self.capacity_messages} messages waiting")
-            self._append(message)
-
     def offer(self, message: Message) -> None:
-        """Append a message; where there is no room the oldest data goes, and is counted. Never waits."""
+        """Append a message, wake a receiver. Where there is no room the oldest data goes, and is counted."""
         with self._ready:
             if self._closed:
                 return
             if len(self) >= self.capacity_messages:
                 (self._inbox[Priority.DATA] or self._inbox[Priority.COMMAND]).popleft()
                 self.dropped += 1
-            self._append(message)
+            self._inbox[message.priority].append(message)
+            self._ready.notify()
 
     def receive_nowait(self) -> Message:
         """The next message. Raises WouldBlock, MailboxClosed (once it is drained)."""
@@ -59,10 +51,6 @@ class Mailbox:
         with self._ready:
             self._closed = True
             self._ready.notify_all()
-
-    def _append(self, message: Message) -> None:
-        self._inbox[message.priority].append(message)
-        self._ready.notify()
 
     def _take(self) -> Message:
         for queue in reversed(self._inbox):

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from kernel.errors import AdmissionRefused, CheckpointInvalid, LlmosError, NotPermitted, UsageError
-from kernel.process import ProcessSpec, spec_from
+from kernel.spec import ProcessSpec, spec_from
 
 MAGIC = b"LLMOSCKP"
-VERSION = 2
+VERSION = 3
 _FRAME = struct.Struct("<8sIQQ")
 _SUM_BYTES = 32
 HEADER_MAX_BYTES = 1 << 30
@@ -39,6 +39,7 @@ class SavedThread:
     tokens: tuple[int, ...]
     reply: str
     kv: bytes | None = None
+    reply_bounds: tuple[int, ...] = ()  # where a chat's earlier replies begin and end, in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def encode(checkpoint: Checkpoint, key: bytes) -> bytes:
         "model_digest": checkpoint.model_digest,
         "replies": list(checkpoint.replies.items()),
         "threads": [
-            [t.item, t.begun, t.prompt_length, t.tokens, t.reply, len(t.kv or b"")]
+            [t.item, t.begun, t.prompt_length, t.reply_bounds, t.tokens, t.reply, len(t.kv or b"")]
             for t in checkpoint.threads
         ],
         "turns": checkpoint.turns,
@@ -186,12 +187,12 @@ def _checkpoint(header: dict[str, Any], kv: bytes, ours: bool) -> Checkpoint:
 
 def _threads(rows: list[Any], kv: bytes, ours: bool) -> Iterator[SavedThread]:
     begin = 0
-    for item, begun, prompt_length, tokens, reply, kv_bytes in rows:
+    for item, begun, prompt_length, bounds, tokens, reply, kv_bytes in rows:
         if type(kv_bytes) is not int or not 0 <= kv_bytes <= len(kv) - begin:
             raise ValueError("KV state out of bounds")
         state = kv[begin : begin + kv_bytes] if ours and kv_bytes else None
         begin += kv_bytes
-        yield SavedThread(item, begun, prompt_length, tuple(tokens), reply, state)
+        yield SavedThread(item, begun, prompt_length, tuple(tokens), reply, state, tuple(bounds))
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -200,11 +201,12 @@ def check(checkpoint: Checkpoint) -> None:
     texts = (*checkpoint.turns, *replies.values(), *(t.reply for t in threads), checkpoint.model_digest)
     numbers = [checkpoint.prompt_tokens, checkpoint.output_tokens, *replies]
     for thread in threads:
-        numbers += [thread.item, thread.prompt_length, *thread.tokens]
+        bounds = [0, *thread.reply_bounds, thread.prompt_length, len(thread.tokens)]
+        numbers += [thread.item, *bounds, *thread.tokens]
         if type(thread.begun) is not bool:
             raise TypeError("begun")
-        if not 0 <= thread.prompt_length <= len(thread.tokens):
-            raise ValueError("prompt longer than the sequence")
+        if len(bounds) % 2 == 0 or sorted(bounds) != bounds:
+            raise ValueError("prompt or replies beyond the sequence")
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise TypeError("field of the wrong type")
     if type(checkpoint.hung_up) is not bool:

@@ -11,7 +11,7 @@ Not here: who runs next (scheduler), what memory is left (memory), where model f
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from kernel.errors import LlmosError
 
@@ -87,6 +87,7 @@ class EngineInfo:
     step_cost_s: Mapping[int, float]  # measured seconds of one decode step, by sequences in it
     prefill_token_s: float  # measured seconds per prompt token in a chunk
     copy_token_s: float = 0.0  # measured seconds to dump, or to restore, a token's KV
+    abortable: bool = False  # a pass that is cut short costs no more than that pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ class Prompt:
 
     `messages` wins over `text`: the model file's chat template is applied to it; a pair is
     (role, content). With `tokens`, the first `prompt_tokens` of them are prompt, the rest were
-    generated before: they are computed again, not emitted again.
+    generated before: they are computed again, not emitted again. So were, in a chat,
+    replies within the prompt: an exact sequence computes them one by one, as they were drawn.
     """
 
     text: str = ""
@@ -121,6 +123,7 @@ class Prompt:
     tokens: tuple[int, ...] = ()
     prompt_tokens: int = 0
     max_tokens: int = 0  # output tokens allowed in all; 0 = until the context window is full
+    reply_bounds: tuple[int, ...] = ()  # where those begin and end, in turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +134,8 @@ class Opened:
     shared_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceStep:
-    """What one step did for one sequence.
+class SequenceStep(NamedTuple):
+    """What one step did for one sequence. A tuple: one is made for every token, on both sides of the wire.
 
     A prompt of its queue that it took up, or could not, and KV that was taken over from another sequence
     are told in entries of their own, without tokens, before the entry of what was then computed: so a
@@ -151,8 +153,7 @@ class SequenceStep:
     stuck: bool = False  # it has outgrown its place, and KV memory is short: it rests until some is freed
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvent:
+class StepEvent(NamedTuple):
     """One forward pass of an engine."""
 
     quantum: int
@@ -171,7 +172,7 @@ class QuantumEnd:
 
 @dataclass(frozen=True, slots=True)
 class Quantum:
-    """One grant of steps: tokens to compute (prompt and output alike) per sequence."""
+    """One grant of steps: tokens to compute (prompt and output alike) per sequence, the best claim first."""
 
     id: int
     quota_tokens: Mapping[int, int]
@@ -250,7 +251,8 @@ class Engine(Protocol):
         """Run one forward pass over sequences with quota left, and deduct what was computed.
 
         Returns None if no sequence with quota has anything to compute. `quantum` is 0 in the
-        event; the host fills it in. Prompts go in chunks between other sequences' tokens. A step cut short by
+        event; the host fills it in. All steps of a quantum get the same mapping, in the order of claims: of
+        prompts, the first goes first. They go in chunks between other sequences' tokens. A step cut short by
         `abort` reports what it finished, perhaps nothing. An exact sequence may go past its quota by the
         rest of a chunk, if its chunks have to be of one shape.
         """
@@ -334,10 +336,13 @@ class Driver(Protocol):
     def inspect(self, path: Path) -> ModelInfo:
         """Read the header in pure Python. Raises ModelInvalid, ModelNotFound."""
 
-    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def free_bytes(self, device: DeviceInfo) -> int | None:
+        """Memory of a device that nobody uses now, other programs included; None if it does not tell."""
+
+    def estimate(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         """Bytes needed, before loading: from the file's header, at once."""
 
-    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def confirm(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         """The same as the native library counts them, in a process of its own: slower, a second at most.
 
         Raises ModelInvalid if it refuses the file, or dies of it.

@@ -15,14 +15,15 @@ from typing import Protocol
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, QuantumEnd, SequenceStep, StepEvent
-from kernel.errors import ContextFull, LlmosError, WorkerDied
+from kernel.errors import ContextFull, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import OUTPUT_UNITS
 from kernel.models import Model
 from kernel.monitor import DeviceMeter, Rate
-from kernel.process import Process, ProcessTable, State, Thread
+from kernel.process import Process, State, Thread
 from kernel.scheduler import Flight, Grant, Scheduler
 from kernel.seats import Seats
 from kernel.swap import SwapSpace
+from kernel.table import ProcessTable
 
 QUANTA_IN_FLIGHT = 2
 STALLS_MAX = 3  # quanta in a row that end by themselves with nothing done
@@ -72,6 +73,7 @@ class Dispatcher:
         self._wakeup = threading.Condition(table.lock)
         self._dirty = False  # guarded by table.lock
         self._stopping = False  # guarded by table.lock
+        self.fault: KernelFault | None = None  # a bug has ended its thread; guarded by table.lock
 
     # From any thread
 
@@ -86,10 +88,18 @@ class Dispatcher:
         self._dirty = True
         self._wakeup.notify()
 
-    def interrupt(self) -> None:
-        """End the quanta in flight at the next step. With the table's lock held."""
+    def interrupt(self, *, hard: bool = False) -> None:
+        """End the quanta in flight at the next step, or within this one. With the table's lock held."""
         if self.flights:
-            self.flights[-1].model.open_host().interrupt(self.flights[-1].id)
+            self.flights[-1].model.open_host().interrupt(self.flights[-1].id, hard=hard)
+
+    def let_in(self, thread: Thread, model: Model) -> None:
+        """A thread became runnable: if it has a seat, or gets one, it goes before the rest of the quanta in
+        flight. With the table's lock held."""
+        self.scheduler.wake(thread, model)
+        if self.seats.has_room(model, thread):
+            self.interrupt(hard=self.scheduler.yields(thread))
+        self.wake_up()
 
     def stop(self) -> None:
         """End `run`, after the quanta in flight."""
@@ -116,7 +126,7 @@ class Dispatcher:
             try:
                 worked |= self.seats.fill(model)
             except WorkerDied as error:
-                self._lost(model, error)
+                self.lost(model, error)
                 worked = True
         while len(self.flights) < QUANTA_IN_FLIGHT and self._launch():
             worked = True
@@ -158,7 +168,7 @@ class Dispatcher:
         try:
             flight.model.open_host().start(flight.quantum(quota))
         except WorkerDied as error:
-            self._lost(flight.model, error)
+            self.lost(flight.model, error)
         return True
 
     def _next_event(self) -> None:
@@ -178,7 +188,7 @@ class Dispatcher:
                 self._end_flight(event)
                 self.seats.charge(model, event.borrowed_tokens)
         except WorkerDied as error:
-            self._lost(model, error)
+            self.lost(model, error)
 
     def _end_flight(self, event: QuantumEnd) -> None:
         with self.table.lock:
@@ -307,11 +317,13 @@ class Dispatcher:
                 return
             process.state = State.RUNNABLE if model.host else State.NEW
         if thread.seat is not None:
-            self.seats.open(model, thread)
+            try:
+                self.seats.open(model, thread)
+            except WorkerDied as error:  # while nobody listened to it
+                self.lost(model, error)
         with self.table.lock:
             if process.state in (State.RUNNABLE, State.NEW) and thread not in model.queue:
-                self.scheduler.wake(thread, model)
-                self.wake_up()
+                self.let_in(thread, model)
 
     def cut(self, model: Model, thread: Thread) -> None:
         """End a chat's reply here, or take back a turn that was not begun. On the dispatcher's thread."""
@@ -343,9 +355,11 @@ class Dispatcher:
             )
         self.life.ended(process, error.exit_code if error else 0, error)
 
-    def _lost(self, model: Model, error: WorkerDied) -> None:
+    def lost(self, model: Model, error: WorkerDied) -> None:
         """The engine is gone. Everything needed to go on is in the process table."""
         with self.table.lock:
+            if model.host is None:  # it is known
+                return
             self.scheduler.note("lost", model=model.name)
             for flight in [f for f in self.flights if f.model is model]:
                 self.scheduler.end(flight)

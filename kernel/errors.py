@@ -96,9 +96,5 @@ class WouldBlock(LlmosError):
     """A `_nowait` call would have had to wait."""
 
 
-class MailboxFull(WouldBlock):
-    """The mailbox holds as many messages as it may."""
-
-
 class MailboxClosed(LlmosError):
     """Nobody will read this mailbox any more."""

@@ -38,7 +38,8 @@ CREATE TABLE IF NOT EXISTS process (
 CREATE TABLE IF NOT EXISTS turn (pid INTEGER, number INTEGER, text TEXT, PRIMARY KEY (pid, number));
 CREATE TABLE IF NOT EXISTS reply (pid INTEGER, item INTEGER, text TEXT, PRIMARY KEY (pid, item));
 CREATE TABLE IF NOT EXISTS progress (
-    pid INTEGER, thread INTEGER, item INTEGER, begun INTEGER, prompt_length INTEGER, tokens BLOB, text TEXT,
+    pid INTEGER, thread INTEGER, item INTEGER, begun INTEGER, prompt_length INTEGER, reply_bounds BLOB,
+    tokens BLOB, text TEXT,
     PRIMARY KEY (pid, thread));
 """
 
@@ -51,7 +52,7 @@ class _Row:
     item: int  # all replies before it are in `replies`, or were written before
     replies: tuple[tuple[int, str], ...]  # (item, text)
     turns: tuple[str, ...]
-    threads: tuple[tuple[int, int, bool, int, bytes, str], ...]  # as the columns of `progress`
+    threads: tuple[tuple[int, int, bool, int, bytes, bytes, str], ...]  # as the columns of `progress`
     prompt_tokens: int
     output_tokens: int
     hung_up: bool
@@ -212,7 +213,7 @@ class Journal:
                 run("INSERT OR IGNORE INTO turn VALUES (?, ?, ?)", (row.pid, number, _bytes(text)))
             for *thread, text in row.threads:
                 progress = (row.pid, *thread, _bytes(str(text)))
-                run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?)", progress)
+                run("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?, ?, ?)", progress)
         run("COMMIT")
         for row in rows:
             self._specs.pop(row.pid, None)
@@ -224,9 +225,9 @@ _UPDATE = (
 )
 
 
-def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, str]:
-    tokens = array("i", thread.tokens).tobytes()
-    return thread.index, thread.item, thread.begun, thread.prompt_length, tokens, thread.reply
+def _columns(thread: Thread) -> tuple[int, int, bool, int, bytes, bytes, str]:
+    bounds, tokens = array("i", thread.reply_bounds).tobytes(), array("i", thread.tokens).tobytes()
+    return thread.index, thread.item, thread.begun, thread.prompt_length, bounds, tokens, thread.reply
 
 
 def discard(file: Path) -> None:

@@ -1,11 +1,11 @@
-"""The kernel: owns the tables; boots, spawns, signals, ends, shuts down.
+"""The kernel: owns the tables; boots, spawns, ends, shuts down.
 
 Owner: `llmos.boot` makes one. Lock: the process table's (`table.lock`) guards every table here.
 Order: process table, then memory, then mailbox; none is held while a driver runs or a file is written.
-Not here: the door (syscall), devices' work (dispatcher), models (residency), files (recovery).
+Not here: the door (syscall), what users do to processes (control), devices' work (dispatcher), models
+(residency), files (recovery).
 """
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,20 +17,22 @@ from kernel.admission import Admission
 from kernel.bus import Bus
 from kernel.clock import Clock
 from kernel.config import KernelConfig
+from kernel.control import Control
 from kernel.device import DeviceInfo, Driver, EngineOptions, HostSample
 from kernel.dispatcher import Dispatcher
-from kernel.errors import AdmissionRefused, KernelFault, LlmosError, NotPermitted, UsageError, WorkerDied
-from kernel.explain import held_out
+from kernel.errors import AdmissionRefused, Interrupted, KernelFault, LlmosError, WorkerDied
 from kernel.fairness import weight_of
 from kernel.memory import MemoryLedger, Pool, Resources
 from kernel.message import Message
 from kernel.models import Catalog, Model, ModelState
 from kernel.policy import policy_named
-from kernel.process import Group, Process, ProcessSpec, ProcessTable, Signal, State, check_nice, check_spec
+from kernel.process import Group, Process, Signal, State
 from kernel.recovery import Recovery
 from kernel.residency import Residency
 from kernel.snapshot import LogView
+from kernel.spec import ProcessSpec, check_spec
 from kernel.swap import RAM, SwapSpace, disk_pool
+from kernel.table import ProcessTable
 
 if TYPE_CHECKING:
     from kernel.record import Recorder
@@ -77,6 +79,7 @@ class Kernel:
         self.groups: dict[str, Group] = {}  # guarded by table.lock
         self.residency = Residency(self)
         self.recovery = Recovery(self)
+        self.control = Control(self)
         self.models = self.residency.records  # guarded by table.lock
         self.dispatchers: dict[str, Dispatcher] = {}  # by device; fixed after boot
         self._threads: list[threading.Thread] = []
@@ -84,7 +87,7 @@ class Kernel:
         self.admission = Admission(self)
         for driver in parts.drivers.values():
             for device in driver.devices():
-                self._add_device(device)
+                self._add_device(driver, device)
         self._add_host_pools()
         self.admission.add_processors()
 
@@ -95,13 +98,14 @@ class Kernel:
 
         return Recorder(path, self.clock, lambda text: self.log("error", "record", text))
 
-    def _add_device(self, device: DeviceInfo) -> None:
+    def _add_device(self, driver: Driver, device: DeviceInfo) -> None:
         if device.name in self.dispatchers:
             return
         if device.kind == "cpu":
             self._add_ram(device.memory_bytes)
         else:
-            self.ledger.add_pool(Pool(device.pool, device.memory_bytes))
+            available = None if driver.free_bytes(device) is None else lambda: driver.free_bytes(device) or 0
+            self.ledger.add_pool(Pool(device.pool, device.memory_bytes, available=available))
         dispatcher = Dispatcher(device, self.config, self.table, self.clock, self, self.swap)
         self.dispatchers[device.name] = dispatcher
         dispatcher.scheduler.record = self.recorder.device(device.name) if self.recorder else None
@@ -135,9 +139,11 @@ class Kernel:
                 f"kernel panic on {dispatcher.device.name}: {type(bug).__name__}", "see `dmesg`"
             )
             with self.table.lock:
-                for model in dispatcher.models:
-                    model.state, model.error = ModelState.QUARANTINED, fault
-                    self.residency.fail_users(model, fault)
+                dispatcher.fault = fault
+                self.table.changed.notify_all()
+            for model in dispatcher.models:
+                dispatcher.lost(model, WorkerDied(fault.message))
+                self.residency.quarantine(model, fault)
 
     def pump(self) -> None:
         """Run all there is to run, here and now (a kernel that is not threaded)."""
@@ -150,6 +156,7 @@ class Kernel:
             if self.down:
                 return
             self.down = True
+            self.table.changed.notify_all()
             for process in [p for p in self.table if p.alive]:
                 self.ended(process, 128 + Signal.TERM)
             for model in self.models.values():
@@ -212,7 +219,7 @@ class Kernel:
         return process
 
     def new_process(self, spec: ProcessSpec, model: str, ppid: int) -> Process:
-        group = self._group(spec.group)
+        group = self.group_named(spec.group)
         try:
             process = self.table.add(spec, model, ppid, self.clock)
         except AdmissionRefused:
@@ -243,7 +250,10 @@ class Kernel:
         """It has been admitted. With the table's lock held."""
         if process.is_chat:
             process.state = State.SLEEPING
-            self._take_turn(process, model)
+            dispatcher, thread = self.dispatcher_of(model), process.threads[0]
+            dispatcher.submit(lambda: dispatcher.take_turn(model, thread))  # its engine hears of it first
+            if thread.seat is not None:  # else it has yet to get one
+                dispatcher.interrupt(hard=dispatcher.scheduler.yields(thread))
         else:
             process.state = State.RUNNABLE if model.state is ModelState.LOADED else State.NEW
             self._wake(process, model)
@@ -256,153 +266,10 @@ class Kernel:
     def _wake(self, process: Process, model: Model) -> None:
         dispatcher = self.dispatcher_of(model)
         for thread in process.threads:
-            dispatcher.scheduler.wake(thread, model)
-            if dispatcher.seats.has_room(model, thread):
-                dispatcher.interrupt()  # let it in before the quanta in flight are used up
-        dispatcher.wake_up()
+            dispatcher.let_in(thread, model)
 
-    def signal(self, pid: int, signal: Signal) -> None:
-        if signal is Signal.USR1:
-            self.recovery.checkpoint(pid)
-            return
-        with self.table.lock:
-            process = self.table.alive(pid)
-            if signal is Signal.STOP:
-                self._stop(process)
-            elif signal is Signal.CONT:
-                if process.state is State.STOPPED:
-                    self._resume(process)
-            else:
-                self.ended(process, 128 + signal)
-
-    def _stop(self, process: Process) -> None:
-        if process.state is State.STOPPED:
-            return
-        model, dispatcher = self.place(process)
-        for thread in process.threads:
-            dispatcher.scheduler.sleep(thread, model)
-        process.state = State.STOPPED
-        dispatcher.interrupt()
-        self.rests(process)
-
-    def _resume(self, process: Process) -> None:
-        """Let it run, from wherever it is, as soon as it is admitted: its model may have gone meanwhile."""
-        self.admission.enter(process)
-        self._changed(process)
-
-    def _take_turn(self, process: Process, model: Model) -> None:
-        """A chat's engine has to hear of the turn before it may run."""
-        dispatcher, thread = self.dispatcher_of(model), process.threads[0]
-        dispatcher.submit(lambda: dispatcher.take_turn(model, thread))
-
-    # Chats
-
-    def _chat(self, pid: int) -> Process:
-        process = self.table.alive(pid)
-        if not process.is_chat:
-            raise NotPermitted(f"process {pid} is not a chat")
-        return process
-
-    def say(self, pid: int, text: str) -> int:
-        if not text.strip():
-            raise UsageError("there is nothing in what was said")
-        with self.table.lock:
-            process = self._chat(pid)
-            if process.hung_up:
-                raise NotPermitted(f"process {pid} has been told that nothing more will be said")
-            process.turns = process.turns or []
-            process.turns.append(text)
-            if process.state is State.SLEEPING:
-                self.admission.enter(process)
-            self.touched(process)
-            return process.items - 1
-
-    def hang_up(self, pid: int) -> None:
-        with self.table.lock:
-            process = self._chat(pid)
-            process.hung_up = True
-            self.touched(process)
-            if process.is_over:
-                self.place(process)[1].exit(process)
-
-    def cut(self, pid: int) -> None:
-        with self.table.lock:
-            process = self._chat(pid)
-            (model, dispatcher), thread = self.place(process), process.threads[0]
-        self.on_dispatcher(model, lambda: dispatcher.cut(model, thread))
-
-    def swap_out(self, pid: int) -> int:
-        with self.table.lock:
-            process = self.table.alive(pid)
-            model, dispatcher = self.place(process)
-            if process.state not in (State.STOPPED, State.SLEEPING):
-                for thread in process.threads:
-                    dispatcher.scheduler.sleep(thread, model)
-                process.state = State.SWAPPED
-            self.rests(process)
-            threads = process.threads
-
-        def move() -> None:
-            for thread in threads:
-                dispatcher.seats.swap_out(model, thread)
-
-        try:
-            self.on_dispatcher(model, move)
-        except LlmosError:
-            with contextlib.suppress(LlmosError):
-                self.swap_in(pid)  # it was not to be: then nothing has happened
-            raise
-        with self.table.lock:
-            return sum(thread.kv.size_bytes for thread in threads if thread.kv is not None)
-
-    def swap_in(self, pid: int) -> None:
-        with self.table.lock:
-            process = self.table.alive(pid)
-            model = self.models[process.model]
-            if held_out(process, model):
-                self._resume(process)
-
-    def renice(self, pid: int, nice: int) -> int:
-        check_nice(nice)
-        with self.table.lock:
-            process = self.table.alive(pid)
-            old, process.nice = process.nice, nice
-            if process.group is not None and not process.spec.group:
-                process.group.weight = weight_of(nice)
-            model, dispatcher = self.place(process)
-            for thread in process.threads:
-                dispatcher.scheduler.reweight(thread, model)
-            dispatcher.interrupt()
-        return old
-
-    # Policy and groups
-
-    def set_policy(self, name: str) -> str:
-        policy = policy_named(name)
-        with self.table.lock:
-            old, self.policy = self.policy, policy
-            for model in self.models.values():
-                self.dispatcher_of(model).scheduler.set_policy(policy, model)
-            for dispatcher in self.dispatchers.values():
-                dispatcher.interrupt()
-                dispatcher.wake_up()
-        return old.name
-
-    def set_group(self, name: str, weight: float) -> None:
-        if not (name and 0.001 <= weight <= 1000.0):
-            raise UsageError("a group has a name, and a weight from 0.001 to 1000; a process at nice 0 has 1")
-        with self.table.lock:
-            group = self._group(name)
-            assert group is not None
-            group.weight = weight
-            for process in [p for p in self.table if p.alive and p.group is group]:
-                model, dispatcher = self.place(process)
-                for thread in process.threads:
-                    dispatcher.scheduler.reweight(thread, model)
-            for dispatcher in self.dispatchers.values():
-                dispatcher.interrupt()
-
-    def _group(self, name: str) -> Group | None:
+    def group_named(self, name: str) -> Group | None:
+        """Made when it is first named; none has no name. Raises AdmissionRefused (too many)."""
         if name and name not in self.groups:
             if len(self.groups) >= self.config.groups_max:
                 raise AdmissionRefused(f"there are {len(self.groups)} groups already")
@@ -428,26 +295,30 @@ class Kernel:
         process.ended_s = self.clock.now_s()
         dispatcher.scheduler.note("exit", pid=process.pid, exit_code=exit_code)
         process.stdout.close()
-        self._changed(process)
+        self.changed(process)
         self.admission.left(process)
 
     def rests(self, process: Process) -> None:
         """It has nothing to run, for now. With the table's lock held."""
-        self._changed(process)
+        self.changed(process)
         self.admission.settle_soon()  # nor has its model, perhaps: then it can make room
 
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """A model's engine is gone. With the table's lock held."""
         self.residency.worker_died(model, error)
 
-    def _changed(self, process: Process) -> None:
+    def changed(self, process: Process) -> None:
+        """It is in another state. With the table's lock held."""
         self.touched(process)
         self.table.changed.notify_all()
         self.publish("process", pid=process.pid, state=process.state.value, exit_code=process.exit_code)
 
     def on_dispatcher(self, model: Model, act: Callable[[], T]) -> T:
-        """Run an act on the thread that owns the model's engine; returns or raises what it does."""
-        answered = threading.Event()
+        """Run an act on the thread that owns the model's engine; returns or raises what it does.
+
+        Raises KernelFault if a bug has ended that thread, Interrupted if LLMOS ends.
+        """
+        dispatcher = self.dispatcher_of(model)
         results: list[T] = []
         errors: list[LlmosError] = []
 
@@ -455,16 +326,19 @@ class Kernel:
             try:
                 results.append(act())
             except LlmosError as error:
+                if isinstance(error, WorkerDied):
+                    dispatcher.lost(model, error)
                 errors.append(error)
             except Exception as bug:  # the caller hears of it; the dispatcher lives
                 errors.append(KernelFault(f"{type(bug).__name__}: {bug}"))
-            answered.set()
+            with self.table.lock:
+                self.table.changed.notify_all()
 
-        dispatcher = self.dispatcher_of(model)
         dispatcher.submit(request)
         if not self.parts.threaded:
             dispatcher.serve_requests()
-        answered.wait()
-        for error in errors:
-            raise error
-        return results[0]
+        with self.table.lock:
+            self.table.changed.wait_for(lambda: results or errors or dispatcher.fault or self.down)
+        if results:
+            return results[0]
+        raise errors[0] if errors else dispatcher.fault or Interrupted("LLMOS is shutting down")

@@ -17,7 +17,7 @@ from pathlib import Path
 from kernel.checkpoint import Checkpoint, SavedThread, check
 from kernel.errors import LlmosError, NotPermitted
 from kernel.journal import TABLES, discard
-from kernel.process import spec_from
+from kernel.spec import spec_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ _PROCESSES = (
     " FROM process ORDER BY pid"
 )
 _TURNS = "SELECT text FROM turn WHERE pid = ? ORDER BY number"
-_PROGRESS = "SELECT item, begun, prompt_length, tokens, text FROM progress WHERE pid = ? ORDER BY thread"
+_PROGRESS = "SELECT * FROM progress WHERE pid = ? ORDER BY thread"
 
 
 def _orphan(
@@ -116,8 +116,15 @@ def _orphan(
         model_digest=digest,
         replies=finished,
         threads=tuple(
-            SavedThread(item, bool(begun), prompt_length, tuple(array("i", tokens)), _text(text))
-            for item, begun, prompt_length, tokens, text in database.execute(_PROGRESS, (pid,))
+            SavedThread(
+                item=item,
+                begun=bool(begun),
+                prompt_length=prompt_length,
+                tokens=tuple(array("i", tokens)),
+                reply=_text(text),
+                reply_bounds=tuple(array("i", bounds)),
+            )
+            for _, _, item, begun, prompt_length, bounds, tokens, text in database.execute(_PROGRESS, (pid,))
             if item not in finished
         ),
         prompt_tokens=prompt_tokens,

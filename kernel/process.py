@@ -1,27 +1,20 @@
-"""Processes, their threads, and the process table.
+"""Processes and their threads: the rows of the process table.
 
-Owner: the kernel. Lock: everything here is guarded by the table's lock (`ProcessTable.lock`),
-the first in the lock order; it is never held while a driver runs or a file is written.
-Not here: who runs next (scheduler), what a program does at a turn's end (kernel).
+Owner: the kernel. Lock: everything here is guarded by the table's lock (`ProcessTable.lock`).
+Not here: the table, what was asked for (spec), who runs next (scheduler), what a turn's end means (kernel).
 """
 
 import itertools
-import threading
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-from kernel.clock import Clock
-from kernel.config import KernelConfig
 from kernel.device import Opened, Prompt, Sampling
-from kernel.errors import AdmissionRefused, LlmosError, NotPermitted, ProcessNotFound, UsageError
-from kernel.fairness import WEIGHTS, weight_of
+from kernel.errors import LlmosError
+from kernel.fairness import weight_of
 from kernel.monitor import Rate
+from kernel.spec import ProcessSpec
 from kernel.stream import Stream
-
-T = TypeVar("T")
 
 
 class State(Enum):
@@ -45,104 +38,6 @@ class Signal(IntEnum):
     TERM = 15
     CONT = 18
     STOP = 19
-
-
-DEFAULT_SAMPLING = Sampling()  # one for all who ask for no other
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSpec:
-    """What to run; all that is needed to run it again.
-
-    `prompts` are answered each from a fresh context, `threads` of them at a time, and each of them
-    `samples` times, with one seed after another; the output is in order. With `lines`, each reply is
-    one line of output (line breaks inside it become spaces). With `raw`, the chat template is not applied.
-    `system` is said before every prompt, in the model's own way.
-    Program "chat": the prompts, and then what the user says, are turns of one conversation.
-    """
-
-    model: str
-    prompts: tuple[str, ...]
-    program: str = "generate"
-    system: str = ""
-    lines: bool = False
-    raw: bool = False
-    sampling: Sampling = DEFAULT_SAMPLING
-    max_tokens: int = 0  # output tokens per prompt; 0 = until the window is full
-    nice: int = 0
-    command: str = ""
-    group: str = ""  # the group whose weight it shares; "": its own, by nice
-    context_tokens: int = 0  # asked of the model if this process makes it load; 0 = the driver's choice
-    sink: str = ""  # where the shell sends the output; nothing to the kernel, comes back with `resume`
-    threads: int = 1
-    samples: int = 1
-    cpus: float = 0.0  # processors that it needs from its admission to its end, in fractions
-    gpus: float = 0.0
-    mem_bytes: int = 0  # of RAM, beside the model's weights and KV
-    wait: bool = True  # what does not fit now waits; False: it is refused
-
-    @property
-    def items(self) -> int:
-        """Replies to give."""
-        return len(self.prompts) * self.samples
-
-
-def check_nice(nice: int) -> None:
-    """Raises UsageError."""
-    if not -20 <= nice < -20 + len(WEIGHTS):
-        raise UsageError(f"nice value {nice} is out of range", "-20 (most) to 19 (least)")
-
-
-def check_spec(spec: ProcessSpec) -> None:
-    """Raises UsageError."""
-    check_nice(spec.nice)
-    if spec.program not in ("generate", "chat"):
-        raise UsageError(f"no program {spec.program}")
-    chat = spec.program == "chat"
-    if not (spec.prompts or chat) or not all(prompt.strip() for prompt in spec.prompts):
-        raise UsageError("the prompt is empty", "give words, -f FILE, or standard input")
-    if chat and (spec.threads > 1 or spec.samples > 1 or spec.raw or spec.lines):
-        raise UsageError("a chat has one thread, one reply to each turn, and the model's chat template")
-    sampling = spec.sampling
-    for name, value, least, most in (
-        ("temperature", sampling.temperature, 0.0, 100.0),
-        ("top_p", sampling.top_p, 0.0, 1.0),
-        ("min_p", sampling.min_p, 0.0, 1.0),
-        ("top_k", sampling.top_k, 0, 2**31 - 1),
-        ("repeat_penalty", sampling.repeat_penalty, 0.01, 100.0),
-        ("seed", sampling.seed, 0, 2**63 - 1),
-        ("max_tokens", spec.max_tokens, 0, 2**31 - 1),
-        ("ctx", spec.context_tokens, 0, 2**31 - 1),
-        ("threads", spec.threads, 1, 256),
-        ("samples", spec.samples, 1, 10_000),
-        ("cpus", spec.cpus, 0.0, 1e6),
-        ("gpus", spec.gpus, 0.0, 1e6),
-        ("mem", spec.mem_bytes, 0, 2**63 - 1),
-    ):
-        if not least <= value <= most:
-            raise UsageError(f"{name} {value} is out of range", f"{least} to {most}")
-
-
-def spec_from(values: dict[str, Any]) -> ProcessSpec:
-    """A specification from what `asdict` made of one. Raises KeyError, TypeError (it may be anybody's)."""
-    plain = dict(values)
-    sampling = _typed(Sampling, plain.pop("sampling"))
-    plain["prompts"] = tuple(plain["prompts"])
-    if not all(type(prompt) is str for prompt in plain["prompts"]):
-        raise TypeError("prompts")
-    return _typed(ProcessSpec, plain | {"sampling": sampling})
-
-
-def _typed(kind: type[T], values: dict[str, Any]) -> T:
-    """A flat dataclass from a mapping, each value of its default's type."""
-    made = kind(**values)
-    for name, default in ((f.name, f.default) for f in fields(kind)):  # type: ignore[arg-type]
-        value = getattr(made, name)
-        if isinstance(default, float) and type(value) is int:
-            continue
-        if isinstance(default, str | int | float) and type(value) is not type(default):
-            raise TypeError(name)
-    return made
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +76,7 @@ class Thread:
     seat: int | None = None  # its seat in the engine's KV cache
     tokens: list[int] | tuple[()] = field(default=(), repr=False)  # prompt, then output
     prompt_length: int = 0  # how many of `tokens` are prompt
+    reply_bounds: tuple[int, ...] = ()  # where a chat's earlier replies begin and end in it, in turn
     computed: int = 0  # tokens whose KV exists
     borrowed: int = 0  # of them, those whose KV is another sequence's, too, and is charged to that one
     kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
@@ -216,6 +112,8 @@ class Thread:
 
     def begin(self, opened: Opened) -> None:
         """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
+        if self.prompt_length < len(self.tokens):
+            self.reply_bounds += (self.prompt_length, len(self.tokens))
         self.tokens = [*self.tokens, *opened.tokens]
         self.prompt_length, self.begun = len(self.tokens), True
         self.process.prompt_tokens += len(opened.tokens)
@@ -229,7 +127,7 @@ class Thread:
 
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
-        self.tokens = ()
+        self.tokens = self.reply_bounds = ()
         self.prompt_length = self.computed = self.borrowed = 0
         self.drop_kv()
 
@@ -395,72 +293,3 @@ class Process:
 
     def _print(self, text: str) -> None:
         self.stdout.write(" ".join(text.splitlines()) if self.spec.lines and "\n" in text else text)
-
-
-class ProcessTable:
-    """PID to process. PID 1 is LLMOS itself and has no row."""
-
-    def __init__(self, config: KernelConfig) -> None:
-        self.config = config
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)  # notified when a process or a model changes state
-        self._rows: dict[int, Process] = {}  # guarded by lock
-        self._reaped: deque[int] = deque()  # guarded by lock; oldest first
-        self._next_pid = 2  # guarded by lock
-
-    def __iter__(self) -> Iterator[Process]:
-        """The rows that `ps` lists: not reaped."""
-        return (process for process in self._rows.values() if not process.reaped)
-
-    def users_of(self, model: str) -> list[Process]:
-        """Those of a model that have not ended."""
-        return [process for process in self._rows.values() if process.model == model and process.alive]
-
-    def add(self, spec: ProcessSpec, model: str, ppid: int, clock: Clock) -> Process:
-        """A new row. Raises AdmissionRefused when the table is full."""
-        if len(self._rows) - len(self._reaped) >= self.config.processes_max:
-            raise AdmissionRefused(f"the process table is full ({self.config.processes_max} processes)")
-        now_s = clock.now_s()
-        process = Process(self._next_pid, ppid, spec, model, spec.nice, now_s, clock.wall_s())
-        threads = min(spec.threads, max(1, spec.items))
-        process.threads = tuple(Thread(process, index) for index in range(threads))
-        process.open_item()
-        self._next_pid += 1
-        self._rows[process.pid] = process
-        return process
-
-    def get(self, pid: int) -> Process:
-        """Raises ProcessNotFound."""
-        process = self._rows.get(pid)
-        if process is None:
-            hint = "1 is LLMOS itself" if pid == 1 else "`ps -a` lists processes"
-            raise ProcessNotFound(f"no process {pid}", hint)
-        return process
-
-    def alive(self, pid: int) -> Process:
-        """Raises ProcessNotFound, NotPermitted (it has ended)."""
-        process = self.get(pid)
-        if not process.alive:
-            raise NotPermitted(f"process {pid} has ended (exit code {process.exit_code})")
-        return process
-
-    def reap(self, process: Process) -> None:
-        """Take an ended process off the list; the last ones are kept for `finished`."""
-        if not process.reaped:
-            process.reaped = True
-            self._reaped.append(process.pid)
-            if len(self._reaped) > self.config.finished_max:
-                del self._rows[self._reaped.popleft()]
-
-    def finished(self) -> Iterator[Process]:
-        return (self._rows[pid] for pid in self._reaped)
-
-    def check_integrity(self) -> None:
-        """Raises AssertionError."""
-        for process in self._rows.values():
-            assert (process.exit_code is not None) == (process.state is State.ZOMBIE), process
-            assert process.alive or not any(t.seat is not None for t in process.threads), process
-            claimed = [item for thread in process.threads for item in thread.items]
-            finished = set(range(process.item)) | set(process.early or ())
-            assert len(set(claimed)) == len(claimed) and finished.isdisjoint(claimed), process
-            assert process.items_done <= process.items, process

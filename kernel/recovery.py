@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, LlmosError, NotPermitted
 from kernel.models import Model
-from kernel.process import Process, ProcessSpec, Signal, Thread, check_spec
+from kernel.process import Process, Signal, Thread
+from kernel.spec import ProcessSpec, check_spec
 
 if TYPE_CHECKING:
     from kernel.checkpoint import Checkpoint
@@ -84,6 +85,7 @@ class Recovery:
         for thread, state in zip(process.threads, saved.threads, strict=False):
             thread.tokens = list(state.tokens)
             thread.prompt_length, thread.begun = state.prompt_length, state.begun
+            thread.reply_bounds = state.reply_bounds
             if state.item < process.items:
                 thread.items = (state.item,)
                 process.say(thread, state.reply)
@@ -241,6 +243,7 @@ class Recovery:
                         item=thread.item,
                         begun=thread.begun,
                         prompt_length=thread.prompt_length,
+                        reply_bounds=thread.reply_bounds,
                         tokens=tuple(thread.tokens),
                         reply=thread.reply,
                         kv=state,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate
+from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, ModelInfo
 from kernel.errors import (
     Interrupted,
     KernelFault,
@@ -75,7 +75,8 @@ class Residency:
         if model is None:
             driver = self.driver(entry.path)
             info = driver.inspect(entry.path)
-            estimate = driver.estimate(info, options)
+            chosen = self._living(self.device_for(driver, info, options, device))
+            estimate = driver.estimate(info, options, chosen)
             with self.kernel.table.lock:
                 model = self._present(entry.name)
                 if model is None:
@@ -87,7 +88,7 @@ class Residency:
                         entry.description,
                         info,
                         driver,
-                        self._device(driver, estimate, device),
+                        chosen,
                         options,
                         estimate,
                         self.usage.setdefault(entry.name, Usage()),
@@ -102,7 +103,7 @@ class Residency:
             )
         return model
 
-    def _device(self, driver: Driver, estimate: Estimate, name: str) -> DeviceInfo:
+    def device_for(self, driver: Driver, info: ModelInfo, options: EngineOptions, name: str) -> DeviceInfo:
         """The one that is named; or, of the kind its driver likes best and it can fit, that with most room.
 
         Raises UsageError, naming the driver's devices.
@@ -114,9 +115,20 @@ class Residency:
                 known = ", ".join(device.name for device in devices)
                 raise UsageError(f"no device {name} for this model", f"there is {known}")
             return named
-        fitting = [device for device in devices if device.memory_bytes >= estimate.total_bytes] or devices
+        fitting = [
+            device
+            for device in devices
+            if device.memory_bytes >= driver.estimate(info, options, device).total_bytes
+        ] or devices
         alike = [device for device in fitting if device.kind == fitting[0].kind]
         return max(alike, key=lambda device: self.kernel.ledger.free_bytes(device.pool))
+
+    def _living(self, device: DeviceInfo) -> DeviceInfo:
+        """Raises KernelFault: a bug has ended what drives it."""
+        fault = self.kernel.dispatchers[device.name].fault
+        if fault is not None:
+            raise fault
+        return device
 
     @staticmethod
     def _check_options(model: Model, asked: EngineOptions) -> None:
@@ -170,9 +182,11 @@ class Residency:
     def _load_done(self, model: Model, host: EngineHost | None, error: LlmosError | None) -> None:
         """The loader's answer, on its thread."""
         with self.kernel.table.lock:
-            surplus = host if self.kernel.down or self.records.get(model.name) is not model else None
+            fault = self.kernel.dispatcher_of(model).fault
+            gone = self.kernel.down or fault or self.records.get(model.name) is not model
+            surplus = host if gone else None
             if host is None or surplus is not None:
-                self._load_failed(model, error or Interrupted("shutting down"))
+                self._load_failed(model, error or fault or Interrupted("shutting down"))
             else:
                 self._attach(model, host)
             self.kernel.table.changed.notify_all()
@@ -211,13 +225,18 @@ class Residency:
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """An engine is gone: open it again; its processes go on from their tokens."""
         self.kernel.log("error", model.name, error.message)
-        if model.state is ModelState.EVICTING:  # it was to go anyway
+        if model.state is ModelState.EVICTING or self.kernel.dispatcher_of(model).fault:  # it was to go
             return
         model.state, model.error = ModelState.LOADING, error
         self.kernel.dispatcher_of(model).scheduler.refresh(model)
         try:
             self.loader.reload(model)
         except KernelFault as fault:
+            self.quarantine(model, fault)
+
+    def quarantine(self, model: Model, fault: KernelFault) -> None:
+        """It is not opened again before somebody unloads it."""
+        with self.kernel.table.lock:
             model.state, model.error = ModelState.QUARANTINED, fault
             self.kernel.ledger.release(model.device.pool, model.name)
             self.fail_users(model, fault)
@@ -231,6 +250,8 @@ class Residency:
             if model.users:
                 pids = ", ".join(str(process.pid) for process in self.kernel.table.users_of(model.name))
                 raise NotPermitted(f"{model.name} is in use by {pids}", "end them first: `kill PID`")
+            if model.pinned:
+                raise NotPermitted(f"{model.name} is pinned", f"`unpin {model.name}` first")
             if model.state is ModelState.EVICTING:
                 raise NotPermitted(f"{name} is being evicted: another model needs its memory")
             is_open = model.host is not None

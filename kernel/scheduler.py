@@ -154,6 +154,24 @@ class Scheduler:
             self.record.plan(flight)
         return flight
 
+    def yields(self, thread: Thread) -> bool:
+        """Whether the pass under way should be cut short for one who comes.
+
+        It is lost then for all who are in it, on average as much as the newcomer is spared: so if he
+        outweighs them together. But not if one of them is owed a request: he might never get through it.
+        """
+        comes = thread.process.group.weight if thread.process.group else thread.weight
+        for flight in self.flights:
+            queue = flight.model.queue
+            if not (queue.policy.grouped and flight.model.open_host().info.abortable):
+                return False
+            there = [each for each in flight.grants if each in queue]
+            if any(queue.lag(each) > queue.request_units for each in there):
+                return False
+            if comes <= sum(queue.weight_of(each) for each in there):
+                return False
+        return bool(self.flights)
+
     def end(self, flight: Flight) -> None:
         """A quantum is over."""
         self._refund(flight)
@@ -211,13 +229,23 @@ class Scheduler:
 
     def _first_tokens(self, flight: Flight, prompts: list[Thread], drawers: list[Thread]) -> None:
         """Short prompts go before all else, for half a quantum, while that puts nobody half a request from
-        his share. (Not a group's: they have pooled theirs.)"""
+        his share. (Not a group's: they have pooled theirs.)
+
+        Short for its weight: that order has the least weighted sum of waits (Smith, "Various optimizers for
+        single-stage production", 1956). So none goes before a heavier one who draws; and the prompt of one
+        who outweighs all others together goes to its end: they are put off by less than half of what he gets.
+        """
         queue = flight.model.queue
-        half_units = queue.request_units / 2
-        for thread in sorted(prompts, key=lambda prompt: prompt.pending):
+        half_units, half_s = queue.request_units / 2, self.config.quantum_s / 2
+        least = max(map(queue.weight_of, drawers), default=0.0)
+        first = [prompt for prompt in prompts if queue.weight_of(prompt) >= least]
+        for thread in sorted(first, key=lambda prompt: prompt.pending / queue.weight_of(prompt)):
+            outweighs = 2 * queue.weight_of(thread) > queue.weight
             while thread.pending > 1 and thread.process.group is None:
                 head = queue.pick()
-                if flight.planned_s >= self.config.quantum_s / 2 or not head or queue.lag(head) > half_units:
+                if not head or queue.lag(head) > half_units * (1.5 if outweighs else 1.0):
+                    return
+                if flight.planned_s >= half_s and not outweighs:
                     return
                 if not queue.rides(thread, queue.weight_of(head), half_units):
                     break

@@ -105,7 +105,7 @@ class Seats:
         else:
             return
         with self._table.lock:
-            thread.known = 1
+            thread.known, thread.deaths = 1, 0
             if thread in model.queue:
                 model.queue.seat(thread, True)
                 thread.process.state, thread.process.waits_for = State.RUNNABLE, ""
@@ -132,6 +132,7 @@ class Seats:
             tokens=tuple(thread.tokens),
             prompt_tokens=thread.prompt_length,
             max_tokens=process.spec.max_tokens,
+            reply_bounds=thread.reply_bounds,
         )
         kv = thread.kv.read() if thread.kv is not None else None
         if kv is not None:

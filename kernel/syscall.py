@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel.bus import Mailbox
-from kernel.device import Driver, EngineOptions, Estimate, HostSample, ModelInfo, Sampling
+from kernel.device import DeviceInfo, Driver, EngineOptions, Estimate, HostSample, ModelInfo, Sampling
 from kernel.errors import NotPermitted
 from kernel.explain import explain
 from kernel.kernel import Kernel
 from kernel.models import ModelState
-from kernel.process import Process, ProcessSpec, Signal, State
+from kernel.process import Process, Signal, State
 from kernel.snapshot import LogView, ModelView, OutputView, ProcessView, SystemView
+from kernel.spec import ProcessSpec
 from kernel.views import device_view, disk_view, process_view
 
 if TYPE_CHECKING:
@@ -59,44 +60,44 @@ class Syscalls:
 
         Raises ProcessNotFound, NotPermitted (it has ended already).
         """
-        self._kernel.signal(pid, signal)
+        self._kernel.control.signal(pid, signal)
 
     def renice(self, pid: int, nice: int) -> int:
         """Set the nice value, -20 (most) to 19; returns the old one. Raises ProcessNotFound, UsageError."""
-        return self._kernel.renice(pid, nice)
+        return self._kernel.control.renice(pid, nice)
 
     def say(self, pid: int, text: str) -> int:
         """The next turn of a chat, which may still be answering; returns the number its reply has in `items`.
 
         Raises ProcessNotFound, NotPermitted (no chat, ended, or hung up), UsageError (empty).
         """
-        return self._kernel.say(pid, text)
+        return self._kernel.control.say(pid, text)
 
     def cut(self, pid: int) -> None:
         """End the reply that a chat gives or is about to, and keep what there is of it. Raises as `say`."""
-        self._kernel.cut(pid)
+        self._kernel.control.cut(pid)
 
     def hang_up(self, pid: int) -> None:
         """Nothing more will be said to a chat: it ends when all is answered. Raises as `say`."""
-        self._kernel.hang_up(pid)
+        self._kernel.control.hang_up(pid)
 
     def swap_out(self, pid: int) -> int:
         """Move a process's KV out of its engine, and keep it there until `swap_in`; returns the bytes moved.
 
         Raises ProcessNotFound, NotPermitted (it has ended).
         """
-        return self._kernel.swap_out(pid)
+        return self._kernel.control.swap_out(pid)
 
     def swap_in(self, pid: int) -> None:
         """Let a process that was swapped out by hand run again. Raises as `swap_out`."""
-        self._kernel.swap_in(pid)
+        self._kernel.control.swap_in(pid)
 
     def set_policy(self, name: str) -> str:
         """Schedule by another policy from now on: "fair", "fifo", "rr", "priority"; returns the old one.
 
         Raises UsageError, naming the policies there are.
         """
-        return self._kernel.set_policy(name)
+        return self._kernel.control.set_policy(name)
 
     def set_group(self, name: str, weight: float) -> None:
         """Make a group, or change its weight (1 is that of a process at nice 0).
@@ -104,7 +105,7 @@ class Syscalls:
         Under "fair", processes spawned with this `group` divide its weight between them; their own nice
         values do not count then. Raises UsageError.
         """
-        self._kernel.set_group(name, weight)
+        self._kernel.control.set_group(name, weight)
 
     def process(self, pid: int) -> ProcessView:
         """One process, also when it has ended. Raises ProcessNotFound."""
@@ -249,7 +250,7 @@ class Syscalls:
         self._kernel.residency.cancel(model)
 
     def pin(self, model: str, pinned: bool = True) -> None:
-        """Keep a loaded model in memory though nothing runs on it; `pinned=False` gives it up again.
+        """Keep a loaded model in memory, whoever wants it away; `pinned=False` gives it up again.
 
         Raises ModelNotFound, NotPermitted (it is not loaded).
         """
@@ -258,7 +259,7 @@ class Syscalls:
     def unload(self, model: str) -> int:
         """Close a model and free its memory; returns the bytes freed.
 
-        Raises ModelNotFound, NotPermitted (not loaded, or processes use it: they are named).
+        Raises ModelNotFound, NotPermitted (not loaded, pinned, or processes use it: they are named).
         """
         return self._kernel.residency.unload(model)
 
@@ -274,22 +275,33 @@ class Syscalls:
         self,
         model: str,
         options: EngineOptions = EngineOptions(),  # noqa: B008
+        device: str = "",
     ) -> tuple[ModelInfo, Estimate]:
-        """What a model's header says, and the bytes it would take. Raises ModelNotFound, ModelInvalid."""
-        info, driver, options = self._looked_at(model, options)
-        return info, driver.estimate(info, options)
+        """What a model's header says, and the bytes it would take on a device, or the one it would go to.
 
-    def confirm(self, model: str, options: EngineOptions = EngineOptions()) -> Estimate:  # noqa: B008
+        Raises ModelNotFound, ModelInvalid, UsageError (no such device).
+        """
+        info, driver, options, chosen = self._looked_at(model, options, device)
+        return info, driver.estimate(info, options, chosen)
+
+    def confirm(
+        self,
+        model: str,
+        options: EngineOptions = EngineOptions(),  # noqa: B008
+        device: str = "",
+    ) -> Estimate:
         """The bytes it would take as its native library counts them, in a dry run. Raises as `inspect`."""
-        info, driver, options = self._looked_at(model, options)
-        return driver.confirm(info, options)
+        info, driver, options, chosen = self._looked_at(model, options, device)
+        return driver.confirm(info, options, chosen)
 
-    def _looked_at(self, model: str, options: EngineOptions) -> tuple[ModelInfo, Driver, EngineOptions]:
-        kernel = self._kernel
-        entry = kernel.residency.resolve(model)
-        driver = kernel.residency.driver(entry.path)
-        chosen = kernel.parts.options if options == EngineOptions() else options
-        return driver.inspect(entry.path), driver, chosen
+    def _looked_at(
+        self, model: str, options: EngineOptions, device: str
+    ) -> tuple[ModelInfo, Driver, EngineOptions, DeviceInfo]:
+        residency = self._kernel.residency
+        entry = residency.resolve(model)
+        driver, info = residency.driver(entry.path), residency.driver(entry.path).inspect(entry.path)
+        chosen = self._kernel.parts.options if options == EngineOptions() else options
+        return info, driver, chosen, residency.device_for(driver, info, chosen, device)
 
     # The whole
 

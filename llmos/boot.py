@@ -19,10 +19,10 @@ from kernel.memory import Resources
 from kernel.syscall import Syscalls
 from llmos.config import Config, load_config
 from llmos.foreign import foreign_sources
-from llmos.hooks import add_plugins
 from llmos.paths import Paths, find_paths, writable
 from llmos.store import Store
 from shell.commands import builtin_registry
+from shell.registry import Registry
 from shell.session import Shell
 
 if TYPE_CHECKING:
@@ -78,10 +78,16 @@ def boot(
     system = Syscalls(kernel)
     registry = builtin_registry(store)
     if plugins:
-        add_plugins(registry, paths.plugins, os.environ)
+        registry.find_more = lambda registry: _add_plugins(registry, paths)
     shell = Shell(system, registry, arguments=arguments, open_monitor=lambda: _monitor(system))
     shell.chat_history = paths.chat_history_file
     return Machine(paths, config, system, shell)
+
+
+def _add_plugins(registry: Registry, paths: Paths) -> None:
+    from llmos.hooks import add_plugins  # deferred: reading what is installed takes a while
+
+    add_plugins(registry, paths.plugins, os.environ)
 
 
 def _drivers(config: Config) -> dict[str, Driver]:
@@ -128,9 +134,7 @@ def _cpus() -> int:
 
 
 def _ram_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _ram_resident() -> Callable[[], int] | None:

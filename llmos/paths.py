@@ -8,7 +8,6 @@ Owner: boot makes one `Paths`. Not here: what is in the files.
 """
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ class Paths:
     config: Path
     data: Path
     state: Path
-    home: Path | None = None  # LLMOS_HOME
 
     @property
     def config_file(self) -> Path:
@@ -50,35 +48,16 @@ class Paths:
         """What was said to models at the prompt."""
         return self.state / "chat_history"
 
-    @property
-    def dmesg_file(self) -> Path:
-        """The kernel log, and what native libraries write to file descriptor 2."""
-        return self.state / "dmesg"
-
-    @property
-    def socket_file(self) -> Path:
-        """The control socket."""
-        return (self.home or _runtime_folder()) / "ctl.sock"
-
 
 def find_paths(environ: Mapping[str, str] = os.environ) -> Paths:
     """The paths of the user who runs this."""
     if chosen := environ.get("LLMOS_HOME"):
         home = expand(chosen)
-        return Paths(home, home, home, home)
+        return Paths(home, home, home)
     import platformdirs  # deferred: not needed with LLMOS_HOME
 
     folders = platformdirs.PlatformDirs("llmos", appauthor=False)
     return Paths(folders.user_config_path, folders.user_data_path, folders.user_state_path)
-
-
-def _runtime_folder() -> Path:
-    """The user's folder for sockets. platformdirs falls back to a temporary folder, and warns of it."""
-    import platformdirs  # deferred: not needed with LLMOS_HOME
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return platformdirs.user_runtime_path("llmos", appauthor=False)
 
 
 def expand(text: str, folder: Path | None = None) -> Path:

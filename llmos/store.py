@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from kernel.errors import ModelInvalid, ModelNotFound, NotPermitted, UsageError
 from llmos.folders import SUFFIX, Look, StoredModel, part_names, stem
 from llmos.foreign import OLLAMA, Source
-from llmos.hub import Hub, Progress
 from llmos.paths import Paths, expand
-from llmos.repository import HubFile, choose, parse_source
 from llmos.shelf import Shelf, checked_name
+
+if TYPE_CHECKING:
+    from llmos.hub import Hub, Progress
+    from llmos.repository import HubFile
 
 NANO = (
     "built in, 1.1 M parameters: turns a plain English request into one LLMOS command line "
@@ -75,13 +77,13 @@ class Store:
         paths: Paths,
         extra_folders: Iterable[Path] = (),
         foreign: Iterable[Source] = (),
-        hub: Hub | None = None,
+        hub: "Hub | None" = None,
         warn: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._shelf = Shelf(paths.models)
         self._extra_folders = tuple(extra_folders)
         self._foreign = tuple(foreign)
-        self._hub = hub or Hub(os.environ.get("HF_ENDPOINT", ""))
+        self._hub = hub
         self._warn = warn
         self._warned: set[str] = set()
 
@@ -248,24 +250,28 @@ class Store:
 
             self._shelf.fill(target, f"cp-{target.name}", os.fstat(file.fileno()).st_size, write, keep=False)
 
-    def pull(self, source: str, progress: Progress) -> str:
+    def pull(self, source: str, progress: "Progress") -> str:
         """Fetch `hf:ORG/REPO[:FILE|:QUANT]` into the own folder; returns its name there.
 
         Raises what `Hub` raises, and as `copy`. What was received stays for the next time.
         """
+        from llmos.hub import Hub  # deferred: seldom asked for
+        from llmos.repository import choose, parse_source
+
         repository_name, choice = parse_source(source)
-        repository = self._hub.repository(repository_name)
+        hub = self._hub or Hub(os.environ.get("HF_ENDPOINT", ""))
+        repository = hub.repository(repository_name)
         files = choose(repository, choice)
         missing = [(file, target) for file in files if (target := self._target(file)) is not None]
         for file, target in reversed(missing):  # the first part names the model, so it comes last
 
-            def write(partial: BinaryIO, file: HubFile = file) -> None:
-                self._hub.fetch(repository, file, partial, progress)
+            def write(partial: BinaryIO, file: "HubFile" = file) -> None:
+                hub.fetch(repository, file, partial, progress)
 
             self._shelf.fill(target, f"{file.digest}.part", file.size_bytes, write, keep=True)
         return stem(Path(files[0].path).name)
 
-    def export(self, name: str, target: Path, progress: Progress) -> None:
+    def export(self, name: str, target: Path, progress: "Progress") -> None:
         """Copy a model of one file to a path outside. Raises as `resolve` and `export`; NotPermitted."""
         from llmos.export import export  # deferred: seldom asked for
 
@@ -276,7 +282,7 @@ class Store:
             )
         export(model.path, target, progress)
 
-    def _target(self, file: HubFile) -> Path | None:
+    def _target(self, file: "HubFile") -> Path | None:
         """Where a file of the hub goes; None if it is there already. Raises NotPermitted, UsageError."""
         name = Path(file.path).name
         checked_name(name)

@@ -147,7 +147,10 @@ class Registry:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)  # of plugins that are not used
+    find_more: Callable[[Registry], None] | None = (
+        None  # adds plugins: once a name is unknown, or all are asked
+    )
+    _warnings: list[str] = field(default_factory=list)
 
     def add(self, spec: CommandSpec) -> None:
         self.entries[spec.name] = Entry(spec.name, spec.summary, spec)
@@ -157,18 +160,37 @@ class Registry:
         """Register a plugin's command; `loader` is called at its first use."""
         self.entries[name] = Entry(name, summary or "(a plugin; not loaded yet)", None, loader)
 
+    def complete(self) -> None:
+        """Look for plugins, if that was put off."""
+        if self.find_more is not None:
+            find_more, self.find_more = self.find_more, None
+            find_more(self)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Of plugins that are not used."""
+        self.complete()
+        return self._warnings
+
     def __contains__(self, name: str) -> bool:
-        return name in self.entries or name in self.aliases
+        return self._found(name) is not None
 
     def __iter__(self) -> Iterator[Entry]:
+        self.complete()
         return iter(sorted(self.entries.values(), key=lambda entry: entry.name))
 
+    def _found(self, name: str) -> Entry | None:
+        if name not in self.entries and name not in self.aliases:
+            self.complete()
+        return self.entries.get(self.aliases.get(name, name))
+
     def names(self) -> list[str]:
+        self.complete()
         return sorted([*self.entries, *self.aliases])
 
     def entry(self, name: str) -> Entry:
         """The row of a name or alias. Raises CommandNotFound with the nearest name as a hint."""
-        found = self.entries.get(self.aliases.get(name, name))
+        found = self._found(name)
         if found is None:
             near = difflib.get_close_matches(name, self.names(), n=1, cutoff=_NEAR)
             hint = f"did you mean `{near[0]}`?" if near else "`help` lists the commands"

@@ -20,6 +20,8 @@ from shell.terminal import encode
 if TYPE_CHECKING:
     from shell.session import Frame
 
+GATHER_S = 0.1  # between two writes to a file: eight jobs would else wake a thread each, token by token
+
 
 class Sink:
     """Copies a process's output into a file.
@@ -62,6 +64,7 @@ class Sink:
             offset = piece.next_offset
             if piece.eof:
                 break
+            self._system.wait(self._pid, GATHER_S)
         if last != "\n":
             self._file.write(b"\n")
 

@@ -1,12 +1,13 @@
 """Small models for tests: random weights, equal on every machine, written once per test session."""
 
 import ctypes
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drivers.llamacpp.engine import LlamaEngine, open_engine
+from drivers.llamacpp.engine import LlamaEngine, open_engine, open_engine_on_gpu
 from drivers.llamacpp.writer import Recipe, write_random
 from kernel.device import EngineOptions, Prompt, Sampling, SequenceStep
 
@@ -26,7 +27,8 @@ def write(folder: Path, recipe: Recipe = SMALL) -> Path:
 
 
 def open_quietly(path: Path, options: EngineOptions = DEFAULTS, flag: Any = None) -> LlamaEngine:
-    return open_engine(str(path), options, flag, lambda _fraction: True, lambda _level, _line: None)
+    opened = open_engine_on_gpu if os.environ.get("LLMOS_TEST_GPU") else open_engine
+    return opened(str(path), options, flag, lambda _fraction: True, lambda _level, _line: None)
 
 
 def new_flag() -> Any:

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 import pexpect
 
 
-@contextmanager
-def on_terminal(
+def started(
     words: list[str], environment: Mapping[str, str], columns: int, timeout_s: int
-) -> Iterator[pexpect.spawn]:
-    """Python with these words; it is gone at the end, whatever it does."""
+) -> "pexpect.spawn[str]":
+    """Python with these words."""
     child = pexpect.spawn(
         sys.executable,
         words,
@@ -21,6 +20,15 @@ def on_terminal(
         timeout=timeout_s,
     )
     child.delaybeforesend = None
+    return child
+
+
+@contextmanager
+def on_terminal(
+    words: list[str], environment: Mapping[str, str], columns: int, timeout_s: int
+) -> Iterator["pexpect.spawn[str]"]:
+    """The same; it is gone at the end, whatever it does."""
+    child = started(words, environment, columns, timeout_s)
     try:
         yield child
     finally:

@@ -12,7 +12,7 @@ from kernel.device import DeviceInfo, Sampling
 from kernel.errors import ModelNotFound
 from kernel.kernel import Kernel, Parts
 from kernel.memory import Resources
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 
 SIM_DEVICE = DeviceInfo("sim0", "sim", "a simulated device", 64 << 30)

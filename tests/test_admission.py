@@ -11,8 +11,9 @@ from simkernel import SimSystem
 from drivers.simmodel import SimModel
 from kernel.errors import AdmissionRefused, UsageError
 from kernel.memory import Resources
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
 from kernel.snapshot import ProcessView
+from kernel.spec import ProcessSpec
 
 GB = 10**9
 MACHINE = Resources(cpus=2, gpus=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from pty_kit import started
 
 from drivers.llamacpp.writer import Recipe, write_random
 
@@ -39,15 +40,7 @@ def one_error(done: subprocess.CompletedProcess[bytes], code: int, *words: str) 
 def shell(columns: int = 100, **env: str) -> "pexpect.spawn[str]":
     """An interactive shell at its prompt."""
     settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm-256color", "LLMOS_NOHISTORY": "1"}
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "llmos"],
-        env=os.environ | settings | env,
-        dimensions=(30, columns),
-        encoding="utf-8",
-        timeout=30,
-    )
-    child.delaybeforesend = None
+    child = started(["-m", "llmos"], os.environ | settings | env, columns, 30)
     child.expect(r"\[llmos\]")
     child.send("m=MARK\r")
     return child

@@ -40,7 +40,7 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def running(binary: Path) -> Iterator[Server]:
-    with Server(binary, Path("x.gguf"), SEATS) as started:
+    with Server(binary, Path("x.gguf"), SEATS, on_gpu=False) as started:
         yield started
 
 
@@ -93,7 +93,7 @@ def test_batch_jobs_tell_that_the_server_died(running: Server) -> None:
 
 
 def test_the_server_is_ended_whatever_happens(binary: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Server(binary, Path("x.gguf"), SEATS) as started:
+    with pytest.raises(KeyboardInterrupt), Server(binary, Path("x.gguf"), SEATS, on_gpu=False) as started:
         pid = started.pid
         assert not gone(pid)
         raise KeyboardInterrupt
@@ -107,7 +107,7 @@ import os, signal
 from pathlib import Path
 from kernel.device import EngineOptions
 from plugins.benchmarks.server import Server
-with Server(Path({str(binary)!r}), Path("x.gguf"), EngineOptions(256, 2, 1)) as server:
+with Server(Path({str(binary)!r}), Path("x.gguf"), EngineOptions(256, 2, 1), on_gpu=False) as server:
     print(server.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -128,7 +128,7 @@ def running_now(pid: int) -> bool:
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    broken = Server(program(tmp_path, "broken"), Path("x.gguf"), SEATS)
+    broken = Server(program(tmp_path, "broken"), Path("x.gguf"), SEATS, on_gpu=False)
     with pytest.raises(WorkerDied, match="status 1: no such quantisation"):
         broken.__enter__()
     assert gone(broken.pid)
@@ -136,14 +136,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     empty.write_text("")
     empty.chmod(0o755)
     with pytest.raises(LlmosError, match=r"does not start|ended with status"):
-        Server(empty, Path("x.gguf"), SEATS).__enter__()
+        Server(empty, Path("x.gguf"), SEATS, on_gpu=False).__enter__()
 
 
 def test_a_port_that_another_server_has_is_no_server_of_ours(
     running: Server, binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_free_port", lambda: running.port)
-    second = Server(binary, Path("y.gguf"), SEATS)
+    second = Server(binary, Path("y.gguf"), SEATS, on_gpu=False)
     with pytest.raises(KernelFault, match=r"another server|ended with status"):
         second.__enter__()
     assert gone(second.pid) and not gone(running.pid)
@@ -209,6 +209,8 @@ def test_interactive_measures_both_sides(
         assert (row.batch_kept is not None) is (row.all_kept is not None) is row.loaded
     answer = interactive.report(job, rows)
     assert answer["slowdown"] == rows[1].first_token_s.p99 / rows[0].first_token_s.p99
+    assert rows[1].lost_s is not None
+    assert answer["person_kept"] == 1 - rows[1].lost_s / interactive.PERSON_S
     assert answer["advantage"] == rows[3].first_token_s.p99 / rows[1].first_token_s.p99
     json.dumps(answer)
 

@@ -7,7 +7,8 @@ import pytest
 from drivers.simmodel import SimFaults, SimModel
 from kernel.device import Sampling
 from kernel.errors import NotPermitted, UsageError
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 from tests.simkernel import SimSystem
 
 MODEL = SimModel(mean_tokens=30)

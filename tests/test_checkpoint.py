@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernel.checkpoint import Checkpoint, SavedThread, decode, encode, read, write
 from kernel.device import Sampling
 from kernel.errors import CheckpointInvalid, LlmosError, NotPermitted, UsageError
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 
 KEY = b"k" * 32
 SPEC = ProcessSpec(
@@ -28,7 +28,7 @@ SPEC = ProcessSpec(
     samples=2,
 )
 THREADS = (
-    SavedThread(1, True, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500),
+    SavedThread(1, True, 3, (5, 6, 7, 8), "half a", b"\x00\x01" * 500, (1, 2, 2, 3)),
     SavedThread(3, True, 2, (5, 6), "", None),
     SavedThread(4, False, 0, (), "", b"\x02" * 70),
 )

@@ -111,7 +111,7 @@ def test_bytes_that_are_not_utf8_are_told_with_their_place(user_file: Path, proj
 def test_llmos_home_moves_every_file(tmp_path: Path) -> None:
     paths = find_paths({"LLMOS_HOME": str(tmp_path)})
     files = (paths.config_file, paths.plugins, paths.models, paths.checkpoints, paths.history_file)
-    assert {file.parent for file in (*files, paths.dmesg_file, paths.socket_file)} == {tmp_path}
+    assert {file.parent for file in files} == {tmp_path}
     assert len(set(files)) == len(files)
 
 
@@ -124,7 +124,6 @@ def test_without_llmos_home_the_platforms_folders_are_used(
     paths = find_paths({})
     for file in (paths.config_file, paths.models, paths.history_file):
         assert file.is_relative_to(tmp_path) and "llmos" in file.parts
-    assert paths.socket_file.is_absolute()
     assert not list(tmp_path.iterdir()), "finding paths made a folder"
 
 

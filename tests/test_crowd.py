@@ -11,8 +11,8 @@ from drivers.llamacpp.driver import LlamaCppDriver
 from kernel.clock import RealClock
 from kernel.device import EngineOptions, Sampling
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
 from kernel.snapshot import ClaimView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from llmos.paths import find_paths
 from llmos.store import Store

@@ -15,11 +15,12 @@ from drivers.llamacpp import confirm, header, parts
 from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.estimate import ALL_LAYERS, Setup, by_device
 from drivers.llamacpp.shape import shape
-from kernel.device import EngineOptions, Prompt
+from kernel.device import DeviceInfo, EngineOptions, Prompt
 from kernel.errors import ModelInvalid
 
 NEAR = 0.05  # of the total
 OPTIONS = EngineOptions(context_tokens=1024, sequences=4, threads=1)
+CPU = DeviceInfo("cpu", "cpu", "", 1 << 40)
 
 
 def total(path: Path, setup: Setup) -> int:
@@ -34,7 +35,7 @@ def measured(path: Path, setup: Setup) -> int:
 @pytest.mark.parametrize("kind", zoo.KEEPERS)
 def test_estimate_is_near_what_an_engine_takes_and_the_engine_runs(tmp_path: Path, kind: str) -> None:
     path, driver = zoo.write(tmp_path, kind), LlamaCppDriver()
-    expected = driver.estimate(driver.inspect(path), OPTIONS)
+    expected = driver.estimate(driver.inspect(path), OPTIONS, CPU)
     engine = open_quietly(path, OPTIONS)
     try:
         info = engine.info
@@ -77,7 +78,7 @@ def test_estimate_is_near_in_other_setups(tmp_path: Path, name: str) -> None:
 def test_repacked_weights_count_twice(tmp_path: Path) -> None:
     path = zoo.write(tmp_path, "mixtral", dtype="Q4_0")
     driver = LlamaCppDriver()
-    expected = driver.estimate(driver.inspect(path), OPTIONS)
+    expected = driver.estimate(driver.inspect(path), OPTIONS, CPU)
     engine = open_quietly(path, OPTIONS)
     assert expected.weights_bytes == pytest.approx(engine.info.weights_bytes, abs=10_000)
     assert expected.weights_bytes > 1.9 * header.read(path).weights_bytes
@@ -129,7 +130,7 @@ def test_layers_go_to_the_gpu_from_the_last_one_on(tmp_path: Path) -> None:
 
 def test_the_dry_run_says_what_an_engine_takes() -> None:
     driver = LlamaCppDriver()
-    said = driver.confirm(driver.inspect(NANO), OPTIONS)
+    said = driver.confirm(driver.inspect(NANO), OPTIONS, CPU)
     engine = open_quietly(NANO, OPTIONS)
     info = engine.info
     assert said.weights_bytes == info.weights_bytes
@@ -145,12 +146,12 @@ def test_what_llama_cpp_refuses_and_what_it_dies_of(tmp_path: Path, monkeypatch:
     (tmp_path / "bad.gguf").write_bytes(blob)
     head, setup = header.read(tmp_path / "bad.gguf"), Setup(512, 1, 128)
     with pytest.raises(ModelInvalid, match=r"refuses it.*token_embd"):
-        confirm.confirm(head, setup)
+        confirm.confirm(head, setup, {})
     dies = "import os, signal, sys; print('GGML_ASSERT(x) failed', file=sys.stderr, flush=True); os.abort()"
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda _c, **how: run([sys.executable, "-c", dies], **how))
     with pytest.raises(ModelInvalid, match=r"dies of it \(SIGABRT\): GGML_ASSERT"):
-        confirm.confirm(head, setup)
+        confirm.confirm(head, setup, {})
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_split_model_is_its_parts_together(tmp_path: Path, split: list[Path]) 
     one, three = driver.inspect(whole), driver.inspect(split[0])
     assert (three.parameters, three.kv_bytes_per_token) == (one.parameters, one.kv_bytes_per_token)
     assert three.file_bytes == sum(path.stat().st_size for path in split)
-    assert driver.estimate(three, OPTIONS) == driver.estimate(one, OPTIONS)
+    assert driver.estimate(three, OPTIONS, CPU) == driver.estimate(one, OPTIONS, CPU)
     engine, engine_of_parts = open_quietly(whole, OPTIONS), open_quietly(split[0], OPTIONS)
     prompt = Prompt("hello", max_tokens=8)
     assert solo(engine, prompt) == solo(engine_of_parts, prompt)

@@ -20,7 +20,8 @@ from kernel.config import KernelConfig
 from kernel.device import DeviceInfo, Driver, EngineOptions, Sampling
 from kernel.errors import AdmissionRefused, Interrupted, LlmosError, NotPermitted
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from plugins.benchmarks import eviction, offline
 
@@ -376,6 +377,8 @@ def test_wait_is_the_default_of_scripts_and_a_person_is_told(tmp_path: Path) -> 
         _, out, _ = shell.line("models")
         assert any(line.split()[:2] == ["two", "pinned"] for line in out.splitlines())
         assert shell.line(f"load --no-wait {one}")[0] == 75
+        assert shell.line("unload two")[0] == 1 and shell.line("unload --all")[0] == 1
+        assert [model.name for model in shell.shell.system.models() if model.state == "loaded"] == ["two"]
         assert shell.line("unpin two")[0] == 0
         assert shell.line(f"load --no-wait {one}")[0] == 0
         assert shell.line("pin nothing")[0] in (1, 127)

@@ -27,8 +27,9 @@ from kernel import checkpoint, orphans
 from kernel.device import Sampling
 from kernel.errors import AdmissionRefused, LlmosError, WorkerDied
 from kernel.memory import MemoryLedger
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
 from kernel.snapshot import ClaimView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 
 HANG_S = 20

@@ -102,7 +102,7 @@ def accepted(path: Path) -> Header | None:
     driver = LlamaCppDriver()
     try:
         model = driver.inspect(path)
-        expected = driver.estimate(model, OPTIONS)
+        expected = driver.estimate(model, OPTIONS, driver.devices()[-1])
         head = header.read(path)
         deadly.check_vocabulary(head)
     except ModelInvalid as refusal:

@@ -4,13 +4,12 @@ import fcntl
 import hashlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pexpect
 import pytest
+from pty_kit import started
 
 from kernel.errors import (
     AdmissionRefused,
@@ -401,15 +400,8 @@ def environment(hub: Hub) -> dict[str, str]:
     }
 
 
-def spawn(hub: Hub, *words: str) -> Any:
-    return pexpect.spawn(
-        sys.executable,
-        ["-m", "llmos", *words],
-        env=environment(hub),
-        encoding="utf-8",
-        dimensions=(24, 100),
-        timeout=30,
-    )
+def spawn(hub: Hub, *words: str) -> "pexpect.spawn[str]":
+    return started(["-m", "llmos", *words], environment(hub), 100, 30)
 
 
 def test_ctrl_c_ends_a_pull_with_130_and_the_next_goes_on(hub: Hub, models: Path) -> None:

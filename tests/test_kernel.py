@@ -17,7 +17,8 @@ from kernel.errors import (
     UsageError,
     WorkerDied,
 )
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 
 WITHOUT_END = SimModel(mean_tokens=0)
 

@@ -21,7 +21,7 @@ from kernel.config import KernelConfig
 from kernel.device import Sampling
 from kernel.kernel import Kernel, Parts
 from kernel.orphans import Orphan, find, forget, sweep
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from llmos.paths import find_paths
 from llmos.store import Store

@@ -452,6 +452,7 @@ BAD_CALLS = {
     "token too large": (0, Prompt(tokens=(5, 288)), GREEDY),
     "token negative": (0, Prompt(tokens=(5, -1)), GREEDY),
     "prompt longer than tokens": (0, Prompt(tokens=(5, 6), prompt_tokens=3), GREEDY),
+    "reply beyond the prompt": (0, Prompt(tokens=(5, 6, 7), prompt_tokens=2, reply_bounds=(1, 3)), GREEDY),
     "max_tokens negative": (0, Prompt(text="a", max_tokens=-1), GREEDY),
     "seq negative": (-1, Prompt(text="a"), GREEDY),
     "seq too large": (8, Prompt(text="a"), GREEDY),
@@ -502,7 +503,7 @@ def test_info_is_measured_and_the_estimate_is_near() -> None:
     assert (model.architecture, model.parameters, model.context_tokens) == ("llama", 1_115_264, 512)
     assert (model.quantization, model.kv_bytes_per_token) == ("Q8_0", 4 * 2 * 128 * 2)
     options = EngineOptions(sequences=4)
-    expected, engine = driver.estimate(model, options), open_quietly(NANO, options)
+    expected, engine = driver.estimate(model, options, driver.devices()[-1]), open_quietly(NANO, options)
     info = engine.info
     engine.shutdown()
     assert (info.sequences, info.context_tokens) == (4, 512)

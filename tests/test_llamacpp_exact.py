@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ggufs import new_flag, open_quietly, run, solo, write
+from ggufs import PLENTY, new_flag, open_quietly, run, solo, write
 
 from drivers.llamacpp import header, native
 from drivers.llamacpp.engine import LlamaEngine
@@ -162,6 +162,46 @@ def test_exact_logits_have_the_bits_they_have_alone(engines: Engines, seed: int,
     close_all(engine)
     for job in jobs:
         assert job.drawn == solo(engines.idle, job.prompt, touchy(job.seed))[0]
+    assert len(engines.expected) == 3 * OUTPUT_TOKENS
+    assert engines.seen == engines.expected
+
+
+def talk(engine: LlamaEngine, seed: int, dice: random.Random | None) -> None:
+    """Three turns; with dice, the history is opened again from its tokens now and then."""
+    tokens: list[int] = []
+    bounds: list[int] = []
+    for turn in range(3):
+        prompt = prompt_of(10 * seed + turn)
+        if turn:
+            engine.feed(0, prompt)
+        else:
+            engine.open(0, prompt, touchy(seed))
+        bounds += [len(tokens)] * bool(turn)
+        tokens += prompt.tokens
+        bounds.append(len(tokens))
+        while len(tokens) < bounds[-1] + OUTPUT_TOKENS:
+            event = engine.step({0: dice.randrange(1, 70) if dice else PLENTY})
+            drawn = [step.token for step in event.sequences if step.token is not None] if event else []
+            tokens += drawn
+            if drawn and dice and dice.random() < 0.1:
+                *earlier, begin = bounds
+                history = Prompt(
+                    tokens=tuple(tokens),
+                    prompt_tokens=begin,
+                    max_tokens=OUTPUT_TOKENS,
+                    reply_bounds=tuple(earlier),
+                )
+                engine.open(0, history, touchy(seed))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_chat_that_is_replayed_has_the_bits_it_has_undisturbed(engines: Engines, seed: int) -> None:
+    engines.seen.clear()
+    engines.expected.clear()
+    talk(engines.busy, seed, random.Random(seed))
+    talk(engines.idle, seed, None)
+    close_all(engines.busy)
+    engines.idle.close(0)
     assert len(engines.expected) == 3 * OUTPUT_TOKENS
     assert engines.seen == engines.expected
 

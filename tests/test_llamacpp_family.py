@@ -332,7 +332,7 @@ def test_a_family_takes_no_memory_that_other_programs_have(
     read(engine, 0, prompt_of(1))
     engine.open(1, prompt_of(2, 2000), WARM)
     engine.close(1)  # there is a seat for a copy
-    monkeypatch.setattr(layout, "free_ram_bytes", lambda: 1000)
+    monkeypatch.setattr(engine._slabs, "_free_bytes", lambda: 1000)
     engine.fork(0, 1)
     assert families(engine) == [] and len(engine._sequences[1].tokens) == COMMON + 1
 

@@ -9,7 +9,6 @@ from ggufs import GREEDY, open_quietly, run, solo, steps, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Use, classes
 from drivers.llamacpp.calibrate import Costs
 from drivers.llamacpp.curve import Curve
@@ -270,8 +269,8 @@ def test_other_programs_may_have_taken_the_memory(
 ) -> None:
     short, long = prompt_of(1, 30), prompt_of(2, 1500)
     engine.open(0, short, TOUCHY)
-    monkeypatch.setattr(layout, "free_ram_bytes", lambda: 1000)
-    with pytest.raises(AdmissionRefused, match="RAM"):
+    monkeypatch.setattr(engine._slabs, "_free_bytes", lambda: 1000)
+    with pytest.raises(AdmissionRefused, match="are free"):
         engine.open(1, long, TOUCHY)
     engine.open(2, short, TOUCHY)  # there is a seat
     assert run(engine, 0)[0] == solo(whole, short, TOUCHY)

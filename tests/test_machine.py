@@ -28,8 +28,9 @@ from drivers.simmodel import SimModel
 from kernel.device import InlineHost, Sampling
 from kernel.errors import NotPermitted, WorkerDied
 from kernel.models import ModelState
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
 from kernel.snapshot import ProcessView
+from kernel.spec import ProcessSpec
 
 MODELS = {
     "few": SimModel(mean_tokens=0, sequences=2),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel.admission import needs_of
 from kernel.errors import AdmissionRefused
 from kernel.memory import MemoryLedger, Pool
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from llmos.boot import _ram_resident
 
 CAPACITY = {"ram": 1000, "gpu0": 500, "cpus": 2000}

@@ -23,8 +23,9 @@ from kernel.clock import ManualClock
 from kernel.device import DeviceInfo, Sampling
 from kernel.errors import LlmosError
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
 from kernel.record import Recorder
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 
 LLMOS = [sys.executable, "-m", "llmos"]

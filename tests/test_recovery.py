@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kernel import journal
 from kernel.orphans import read, sweep
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 
 REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
 LLMOS = [sys.executable, "-m", "llmos"]

@@ -12,7 +12,8 @@ from kernel.config import KernelConfig
 from kernel.device import InlineHost, QuantumEnd, Sampling, StepEvent
 from kernel.errors import AdmissionRefused, UsageError
 from kernel.fairness import OUTPUT_UNITS
-from kernel.process import ProcessSpec, Signal, State
+from kernel.process import Signal, State
+from kernel.spec import ProcessSpec
 
 Op = tuple[object, ...]
 

@@ -15,7 +15,8 @@ from kernel.device import DeviceInfo, InlineHost, QuantumEnd, Sampling, StepEven
 from kernel.errors import ModelNotFound
 from kernel.fairness import OUTPUT_UNITS, prompt_units
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec, Signal, Thread
+from kernel.process import Signal, Thread
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 
 Op = tuple[object, ...]

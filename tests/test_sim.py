@@ -323,11 +323,11 @@ def test_load_takes_its_time_and_can_be_cancelled() -> None:
 def test_estimate_is_what_the_engine_takes() -> None:
     driver = SimDriver([CPU], models={"nano.sim": ENDLESS})
     options = EngineOptions(context_tokens=100, sequences=3)
-    estimate = driver.estimate(driver.inspect(Path("nano.sim")), options)
+    estimate = driver.estimate(driver.inspect(Path("nano.sim")), options, CPU)
     info = SimEngine(ENDLESS, options, lambda seconds: None).info
     assert estimate.total_bytes == info.weights_bytes + info.kv_bytes + info.compute_bytes
     assert estimate.kv_bytes == 3 * 100 * ENDLESS.kv_bytes_per_token
-    assert driver.confirm(driver.inspect(Path("nano.sim")), options) == estimate
+    assert driver.confirm(driver.inspect(Path("nano.sim")), options, CPU) == estimate
 
 
 def test_model_comes_from_a_file_or_from_its_name(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from drivers.simmodel import SimModel
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 from tests.simkernel import SimSystem
 
 CHATS = 12

@@ -8,7 +8,8 @@ import pytest
 from drivers.simmodel import SimModel
 from kernel.device import Sampling
 from kernel.errors import UsageError
-from kernel.process import ProcessSpec, Signal
+from kernel.process import Signal
+from kernel.spec import ProcessSpec
 from tests.simkernel import SimSystem
 
 LINES = tuple(f"line {number}" for number in range(12))

@@ -1,7 +1,7 @@
 """The frames between a worker and its parent: what goes in comes out, and nonsense is refused."""
 
 import contextlib
-import dataclasses
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -30,7 +30,7 @@ token_tuples = st.lists(tokens, max_size=20).map(tuple)
 
 def every_field(kind: type, **strategies: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
     """Instances of a dataclass with no field left at its default: a new field must be put on the wire."""
-    assert set(strategies) == {field.name for field in dataclasses.fields(kind)}
+    assert set(strategies) == set(inspect.signature(kind).parameters)
     return st.builds(kind, **strategies)
 
 
@@ -41,6 +41,7 @@ prompts = every_field(
     tokens=token_tuples,
     prompt_tokens=counts,
     max_tokens=counts,
+    reply_bounds=token_tuples,
 )
 samplings = every_field(
     Sampling,
@@ -68,6 +69,7 @@ infos = every_field(
     step_cost_s=st.dictionaries(counts, reals, max_size=4),
     prefill_token_s=reals,
     copy_token_s=reals,
+    abortable=st.booleans(),
 )
 steps = every_field(
     SequenceStep,
@@ -94,13 +96,13 @@ def comparable(event: StepEvent) -> tuple[object, ...]:
     said = [
         step.error and (type(step.error), step.error.message, step.error.hint) for step in event.sequences
     ]
-    bare = tuple(dataclasses.replace(step, error=None) for step in event.sequences)
-    return dataclasses.replace(event, sequences=bare), said
+    bare = tuple(step._replace(error=None) for step in event.sequences)
+    return event._replace(sequences=bare), said
 
 
 def carried(frame: Frame) -> Frame:
     """A frame after a trip over the wire."""
-    (arrived,) = FrameReader().feed(frame.encode_head() + frame.blob)
+    (arrived,) = FrameReader().feed(b"".join(frame.encode()))
     return arrived
 
 
@@ -135,7 +137,7 @@ def test_steps_survive_packing(sent: list[StepEvent]) -> None:
 @given(st.lists(st.tuples(text, st.binary(max_size=50)), max_size=5), st.integers(1, 40))
 def test_stream_cut_anywhere_gives_the_same_frames(contents: list[tuple[str, bytes]], cut: int) -> None:
     frames = [Frame(Kind.LOG, header, blob) for header, blob in contents]
-    stream = b"".join(frame.encode_head() + frame.blob for frame in frames)
+    stream = b"".join(part for frame in frames for part in frame.encode())
     reader = FrameReader()
     arrived = [f for at in range(0, len(stream), cut) for f in reader.feed(stream[at : at + cut])]
     assert arrived == frames
@@ -186,3 +188,9 @@ def test_foreign_errors_become_kernel_faults_of_one_line() -> None:
     assert type(arrived) is errors.KernelFault
     assert arrived.message == "OSError: no room"
     assert type(wire.decode_error(["system", "message", ""])) is errors.KernelFault
+
+
+def test_small_frame_is_one_send_and_large_blob_is_not_copied() -> None:
+    blob = bytes(wire.CHUNK_BYTES + 1)
+    assert len(Frame(Kind.STEPS, [7, False], b"steps").encode()) == 1
+    assert Frame(Kind.REPLY, blob=blob).encode()[1] is blob

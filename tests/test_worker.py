@@ -1,5 +1,7 @@
 """An engine in a child process: the same events as on a thread, and no way to take the parent down."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -8,15 +10,19 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
 
+from drivers.brake import Brake
 from drivers.sim import SimEngine
 from drivers.simmodel import read_model
+from drivers.wire import Frame, Kind
 from drivers.worker import WorkerHost
+from drivers.worker_main import HOLD_S, Worker
 from kernel.device import (
     EngineHost,
     EngineOptions,
@@ -26,6 +32,7 @@ from kernel.device import (
     Quantum,
     QuantumEnd,
     Sampling,
+    SequenceStep,
     StepEvent,
 )
 from kernel.errors import CheckpointInvalid, ContextFull, Interrupted, KernelFault, ModelInvalid, WorkerDied
@@ -177,6 +184,7 @@ def test_no_event_speaks_of_the_sequence_that_had_the_seat_before(spawn: Spawn) 
 
 CHATTY_ENGINE = """
 import time
+from drivers.brake import Brake
 from drivers.sim import SimEngine
 from drivers.simmodel import SimModel
 
@@ -264,7 +272,7 @@ def test_kill_from_outside_is_noticed_and_told(spawn: Spawn) -> None:
     ):
         with pytest.raises(WorkerDied):
             call()
-    host.interrupt(2, hard=True)  # says nothing, breaks nothing
+    host.interrupt(2)  # says nothing, breaks nothing
     host.shutdown()
 
 
@@ -304,6 +312,7 @@ def test_idle_worker_is_not_taken_for_hanging(spawn: Spawn) -> None:
 
 STRANGE_ENGINES = """
 import os, sys, time
+from drivers.brake import Brake
 from drivers.sim import SimEngine
 from drivers.simmodel import SimModel
 
@@ -440,7 +449,9 @@ def test_shutdown_ends_a_long_step_and_leaks_no_descriptor(spawn: Spawn) -> None
 PARENT = """
 import sys, time
 from pathlib import Path
+from drivers.wire import Frame, Kind
 from drivers.worker import WorkerHost
+from drivers.worker_main import HOLD_S, Worker
 from kernel.device import EngineOptions, Prompt, Quantum, Sampling
 host = WorkerHost.spawn("drivers.sim:open_engine", Path(sys.argv[1]), EngineOptions(), lambda f: True, print)
 host.open(0, Prompt(text="word"), Sampling())
@@ -469,3 +480,62 @@ def test_no_orphan_survives_the_parent(tmp_path: Path, state: str) -> None:
     parent.stdout.close()
     child.wait(PATIENCE_S)
     assert not child.is_running()
+
+
+class Script:
+    """An engine of given steps, and the channel of a worker that runs it in one quantum."""
+
+    def __init__(self, steps: list[StepEvent]) -> None:
+        self.reports: list[tuple[list[tuple[int, StepEvent]], object]] = []
+        self._steps = iter(steps)
+        self._left = len(steps)
+        self._commands = [[Frame(Kind.START, [7, [0], [self._left]])]]
+
+    def step(self, quota_tokens: MutableMapping[int, int]) -> StepEvent | None:
+        quota_tokens[0] -= 1
+        return next(self._steps, None)
+
+    def borrowed_tokens(self) -> dict[int, int]:
+        return {}
+
+    def receive(self, *, wait: bool) -> list[Frame]:
+        if wait and not self._commands:
+            raise EOFError
+        return self._commands.pop() if self._commands else []
+
+    def send(self, report: object) -> None:
+        assert isinstance(report, tuple)
+        self.reports.append(report)
+
+
+def reported(steps: list[StepEvent]) -> list[int]:
+    """How many steps each frame has of a worker whose engine takes these; all come, in order, then an end."""
+    script, brake = Script(steps), Brake.create()
+    with contextlib.suppress(EOFError):
+        Worker(cast(Any, script), cast(Any, script), brake).run()
+    os.close(brake.fd)
+    assert [step for held, _ in script.reports for step in held] == [(7, step) for step in steps]
+    assert [end for _, end in script.reports] == [None] * (len(script.reports) - 1) + [[7, False, [[], []]]]
+    return [len(held) for held, _ in script.reports]
+
+
+def drawn(step_s: float, **fields: Any) -> StepEvent:
+    return StepEvent(0, step_s, (SequenceStep(0, 0, 5, "x")._replace(**fields),))
+
+
+def test_quick_steps_share_frames() -> None:
+    assert len(reported([drawn(0.0)] * 200)) < 50
+
+
+def test_slow_steps_do_not_wait_for_each_other() -> None:
+    assert reported([drawn(HOLD_S)] * 4) == [1, 1, 1, 1]
+
+
+def test_a_quick_step_after_a_slow_one_does_not_wait_for_the_next_slow_one() -> None:
+    assert reported([drawn(HOLD_S), drawn(0.0)] * 3) == [1] * 6
+
+
+@pytest.mark.parametrize("news", [{"prompt_tokens": 3}, {"finish": "stop"}, {"token": None, "stuck": True}])
+def test_what_somebody_waits_for_leaves_at_once(news: dict[str, Any]) -> None:
+    frames = reported([drawn(0.0), drawn(0.0, **news), drawn(0.0), drawn(0.0)])
+    assert 2 in itertools.accumulate(frames)  # nothing after the news was waited for

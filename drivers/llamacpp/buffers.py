@@ -7,7 +7,6 @@ import re
 from functools import cache
 from typing import Final
 
-from drivers.llamacpp import layout
 from drivers.llamacpp.estimate import estimate
 from drivers.llamacpp.header import Header
 from drivers.llamacpp.layout import Layout
@@ -20,12 +19,11 @@ _CACHE = re.compile(r"(?:llama_kv_cache|llama_memory_recurrent): size =\s*([0-9.
 _BUFFER = re.compile(r"(KV|RS|compute|output|_REPACK model)\s+buffer size\s*=\s*([0-9.]+) MiB")
 
 
-def admit(need_bytes: int) -> None:
+def admit(need_bytes: int, free_bytes: int) -> None:
     """Running out of memory in native code kills the process, so it is refused here."""
-    free_bytes = layout.free_ram_bytes()
     if need_bytes > free_bytes:
         raise AdmissionRefused(
-            f"needs {need_bytes // MIB} MiB of RAM; {free_bytes // MIB} MiB are free",
+            f"needs {need_bytes // MIB} MiB; {free_bytes // MIB} MiB are free",
             "ask for fewer sequences or a smaller context",
         )
 
@@ -84,4 +82,4 @@ class Sizes:
         self._compute_ratio = max(1.0, taken.compute_bytes / expected.compute_bytes)
 
     def _estimate(self, window_tokens: int, seats: int) -> Estimate:
-        return estimate(self._header, Layout(window_tokens, seats, threads=1), self._on_gpu)
+        return estimate(self._header, Layout(window_tokens, seats, threads=1, on_gpu=self._on_gpu))

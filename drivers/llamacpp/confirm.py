@@ -1,7 +1,7 @@
 """What llama.cpp itself says a load will take: its own dry run, which allocates neither weights nor cache.
 
 It reads the header and the vocabulary with native code, which a damaged file can bring down: so it runs in
-a process of its own, `python -m drivers.llamacpp.confirm PATH WINDOW SEATS CHUNK`, or in a worker
+a process of its own, `python -m drivers.llamacpp.confirm PATH WINDOW SEATS CHUNK GPU_LAYERS`, or in a worker
 that is about to load the same file anyway.
 Not here: the estimate from the header alone (estimate.py), the real load (weights.py, slab.py).
 """
@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +27,9 @@ _LOAD_NONE: Final = 0
 _ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GGML_NO_BACKTRACE": "1"}
 
 
-def confirm(header: Header, setup: Setup) -> Estimate:
+def confirm(header: Header, setup: Setup, environment: Mapping[str, str]) -> Estimate:
     """Ask in a process of its own. Raises ModelInvalid: llama.cpp refuses the file, or dies of it."""
-    numbers = (setup.window_tokens, setup.seats, setup.chunk_tokens)
+    numbers = (setup.window_tokens, setup.seats, setup.chunk_tokens, setup.gpu_layers)
     command = [sys.executable, "-P", "-m", __name__, os.fspath(header.path), *map(str, numbers)]
     import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     try:
@@ -36,7 +37,7 @@ def confirm(header: Header, setup: Setup) -> Estimate:
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": import_path},
+            env={**os.environ, **_ENVIRONMENT, **environment, "PYTHONPATH": import_path},
             start_new_session=True,
             timeout=TIME_LIMIT_S,
             check=False,
@@ -74,7 +75,7 @@ def measure(path: str, setup: Setup) -> dict[str, int]:
     buffers, last = Buffers(), [""]
     native.start(lambda level, line: last.append(line) if level == "error" else None, buffers.hear)
     model = native.lib.llama_model_load_from_file(
-        path.encode("utf-8", "surrogateescape"), _model_params(native.lib)
+        path.encode("utf-8", "surrogateescape"), _model_params(native.lib, setup)
     )
     if not model:
         raise ModelInvalid(last[1] if len(last) > 1 else "no reason given")
@@ -92,9 +93,9 @@ def measure(path: str, setup: Setup) -> dict[str, int]:
         native.lib.llama_model_free(model)
 
 
-def _model_params(lib: Any) -> Any:
+def _model_params(lib: Any, setup: Setup) -> Any:
     params = lib.llama_model_default_params()
-    params.n_gpu_layers, params.no_alloc, params.load_mode = 0, True, _LOAD_NONE
+    params.n_gpu_layers, params.no_alloc, params.load_mode = setup.gpu_layers, True, _LOAD_NONE
     return params
 
 
@@ -106,7 +107,7 @@ def _context_params(lib: Any, setup: Setup) -> Any:
     params.n_seq_max = params.n_outputs_max = setup.seats
     params.n_threads = params.n_threads_batch = 1
     params.flash_attn_type, params.kv_unified = int(setup.flash), False
-    params.offload_kqv = params.op_offload = False
+    params.offload_kqv = params.op_offload = setup.gpu_layers > 0
     params.type_k, params.type_v = type_number(setup.key_type), type_number(setup.value_type)
     params.swa_full = setup.full_windows
     return params
@@ -114,11 +115,12 @@ def _context_params(lib: Any, setup: Setup) -> Any:
 
 def main() -> int:
     """One JSON object on standard output."""
-    path, window, seats, chunk = sys.argv[1], *map(int, sys.argv[2:5])
+    path, window, seats, chunk, gpu_layers = sys.argv[1], *map(int, sys.argv[2:6])
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     try:
-        answer: dict[str, Any] = dict(measure(path, Setup(window, seats, chunk)))
+        setup = Setup(window, seats, chunk, flash=gpu_layers > 0, gpu_layers=gpu_layers)
+        answer: dict[str, Any] = dict(measure(path, setup))
     except ModelInvalid as reason:
         answer = {"refused": reason.message}
     print(json.dumps(answer))

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from drivers.llamacpp import confirm, deadly, estimate, layout, parts, shape
+from drivers.llamacpp import confirm, deadly, estimate, gpus, layout, parts, shape
 from drivers.llamacpp.header import Header
 from kernel.device import (
     DeviceInfo,
@@ -26,7 +26,8 @@ from kernel.errors import UsageError
 
 _FACTORIES = {
     "cpu": "drivers.llamacpp.engine:open_engine",
-    "metal": "drivers.llamacpp.engine:open_engine_metal",
+    "metal": "drivers.llamacpp.engine:open_engine_on_gpu",
+    "cuda": "drivers.llamacpp.engine:open_engine_on_gpu",
 }
 
 
@@ -39,25 +40,29 @@ class LlamaCppDriver:
         self.isolation = isolation
 
     def devices(self) -> Sequence[DeviceInfo]:
-        import psutil
-
-        ram_bytes = int(psutil.virtual_memory().total)
+        ram_bytes = layout.ram_bytes()
         cpu = DeviceInfo("cpu", "cpu", f"{layout.cores()} cores", ram_bytes)
-        if sys.platform != "darwin":
-            return (cpu,)
-        return cpu, DeviceInfo("metal", "metal", "Apple GPU, memory shared with the CPU", ram_bytes)
+        if sys.platform == "darwin":
+            return cpu, DeviceInfo("metal", "metal", "Apple GPU, memory shared with the CPU", ram_bytes)
+        return (cpu, *gpus.gpus()) if self.isolation == "worker" else (cpu,)  # a process sees one GPU at most
 
     def inspect(self, path: Path) -> ModelInfo:
         return shape.model_info(parts.read(path))
 
-    def estimate(self, model: ModelInfo, options: EngineOptions) -> Estimate:
-        head = parts.read(model.path)
-        return estimate.estimate(head, self._layout(head, options))
+    def free_bytes(self, device: DeviceInfo) -> int | None:
+        if device.kind == "cuda":
+            return gpus.free_bytes(device)
+        return layout.free_ram_bytes()
 
-    def confirm(self, model: ModelInfo, options: EngineOptions) -> Estimate:
+    def estimate(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
         head = parts.read(model.path)
-        decided = self._layout(head, options)
-        return estimate.of_all_slabs(confirm.confirm(head, estimate.setup_of(decided)), decided)
+        return estimate.estimate(head, self._layout(head, options, device))
+
+    def confirm(self, model: ModelInfo, options: EngineOptions, device: DeviceInfo) -> Estimate:
+        head = parts.read(model.path)
+        decided = self._layout(head, options, device)
+        slab = confirm.confirm(head, estimate.setup_of(decided), gpus.environment(device))
+        return estimate.of_all_slabs(slab, decided)
 
     def open(
         self,
@@ -68,10 +73,10 @@ class LlamaCppDriver:
         log: LogLine,
     ) -> EngineHost:
         if device.kind not in _FACTORIES:
-            raise UsageError(f"GGUF models run on the CPU and on Metal, not on {device.name}")
+            raise UsageError(f"GGUF models run on the CPU and on GPUs, not on {device.name}")
         head = parts.read(model.path)
         deadly.check_vocabulary(head)
-        decided = self._layout(head, options)
+        decided = self._layout(head, options, device)
         if self.isolation == "none":
             return _open_inline(_FACTORIES[device.kind], model.path, decided.options, progress, log)
         from drivers.worker import WorkerHost
@@ -82,11 +87,12 @@ class LlamaCppDriver:
             options=decided.options,
             progress=progress,
             log=log,
+            environment=gpus.environment(device),
         )
 
-    @staticmethod
-    def _layout(head: Header, options: EngineOptions) -> layout.Layout:
-        return layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
+    def _layout(self, head: Header, options: EngineOptions, device: DeviceInfo) -> layout.Layout:
+        free_bytes = self.free_bytes(device) or 0
+        return layout.decide(head, options, free_bytes, layout.cores(), device.kind != "cpu")
 
 
 def _open_inline(

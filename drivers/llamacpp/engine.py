@@ -37,10 +37,10 @@ def open_engine(
     return LlamaEngine(load(path, options, _flag(abort_flag), progress, log, on_gpu=False))
 
 
-def open_engine_metal(
+def open_engine_on_gpu(
     path: str, options: EngineOptions, abort_flag: Any, progress: Progress, log: LogLine
 ) -> "LlamaEngine":
-    """The same on the GPU of the local build."""
+    """The same on the first GPU that this process sees."""
     return LlamaEngine(load(path, options, _flag(abort_flag), progress, log, on_gpu=True))
 
 
@@ -77,7 +77,7 @@ class LlamaEngine:
     def _open(self, seq: int, prompt: Prompt, sampling: Sampling) -> Opened:
         self._check(seq)
         tokens, answer_at = self._prompts.first(prompt)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=True)
+        sequence = self._start(seq, tokens, answer_at, prompt, sampling, shares=True)
         return Opened(tuple(tokens), sequence.computed)
 
     def queue(self, seq: int, prompt: Prompt, sampling: Sampling) -> None:
@@ -91,6 +91,8 @@ class LlamaEngine:
         if tokens > sequence.slab.window_tokens:
             self._slabs.move(sequence, self._need(tokens, tokens, prompt.max_tokens))
         self._forget(sequence)
+        if sequence.prompt_tokens < len(sequence.tokens):
+            sequence.reply_bounds += (sequence.prompt_tokens, len(sequence.tokens))
         sequence.tokens += added
         sequence.begin_answer(len(sequence.tokens), prompt.max_tokens, self._weights)
         return Opened(tuple(added))
@@ -130,7 +132,7 @@ class LlamaEngine:
         self._check(seq)
         tokens, answer_at = self._prompts.replayed(prompt)
         computed, state = kvstate.unpack(self._model, tokens, kv)
-        sequence = self._start(seq, tokens, answer_at, prompt.max_tokens, sampling, shares=False)
+        sequence = self._start(seq, tokens, answer_at, prompt, sampling, shares=False)
         self._queue.drop(seq)
         if computed and not sequence.slab.write(sequence.seat, state, computed):
             self.close(seq)
@@ -245,7 +247,7 @@ class LlamaEngine:
         seq: int,
         tokens: list[int],
         answer_at: int,
-        max_tokens: int,
+        prompt: Prompt,
         sampling: Sampling,
         shares: bool,
     ) -> Sequence:
@@ -257,16 +259,17 @@ class LlamaEngine:
         check(sampling)
         most_tokens = 0 if sampling.exact else len(tokens) - (1 if answer_at < len(tokens) else 2)
         taken_tokens, old = most_tokens if shares else 0, self._sequences.get(seq)
-        need = self._need(len(tokens), answer_at, max_tokens)
+        need = self._need(len(tokens), answer_at, prompt.max_tokens)
         room = self._sharing.family(tokens, taken_tokens, old) or self._slabs.room(need, old)
         self._end(seq)
         seating = self._slabs.arrange(room)
         seat = self._sharing.take(seating, tokens, taken_tokens)
         sequence = Sequence(seq, tokens, 0, 0, self.info.context_tokens, sampling, Sampler(sampling))
         sequence.computed, sequence.shareable_tokens = seat.shared_tokens, most_tokens
+        sequence.reply_bounds = prompt.reply_bounds if prompt.tokens else ()
         self._sequences[seq] = sequence
         seating.enter(sequence, seat.number)
-        sequence.begin_answer(answer_at, max_tokens, self._weights)
+        sequence.begin_answer(answer_at, prompt.max_tokens, self._weights)
         if sequence.finish:
             self._complete.append(sequence)
         if seat.kin:

@@ -7,7 +7,7 @@ logits). The widths come from the tensor table, so that an architecture needs no
 Not here: how an engine is laid out (layout.py), asking llama.cpp itself (confirm.py).
 """
 
-import platform
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -43,16 +43,17 @@ class Setup:
     gpu_layers: int = 0  # the last so many layers, the output counting as one, are on the GPU
 
 
-def setup_of(layout: Layout, on_gpu: bool = False) -> Setup:
+def setup_of(layout: Layout) -> Setup:
     """The largest slab that this driver's engines make (slab.py)."""
     seats = max(1, layout.pool_tokens // layout.window_tokens)
-    chunk = chunk_tokens(layout.window_tokens, seats)
-    return Setup(layout.window_tokens, seats, chunk, gpu_layers=ALL_LAYERS if on_gpu else 0)
+    chunk = chunk_tokens(layout.window_tokens, seats, layout.on_gpu)
+    gpu_layers = ALL_LAYERS if layout.on_gpu else 0
+    return Setup(layout.window_tokens, seats, chunk, flash=layout.on_gpu, gpu_layers=gpu_layers)
 
 
-def estimate(header: Header, layout: Layout, on_gpu: bool = False) -> Estimate:
+def estimate(header: Header, layout: Layout) -> Estimate:
     """All of it, for the engine that this driver opens."""
-    host, gpu = by_device(header, setup_of(layout, on_gpu))
+    host, gpu = by_device(header, setup_of(layout))
     slab = Estimate(
         host.weights_bytes + gpu.weights_bytes,
         host.kv_bytes + gpu.kv_bytes,
@@ -107,7 +108,7 @@ def repacked_bytes(header: Header) -> int:
 
 
 def _is_repacked(tensor: Tensor) -> bool:
-    family = "arm" if platform.machine() in ("arm64", "aarch64") else "x86"
+    family = "arm" if os.uname().machine in ("arm64", "aarch64") else "x86"
     return (
         GGML_TYPES[tensor.type][0] in _REPACKED[family]
         and len(tensor.dims) >= 2

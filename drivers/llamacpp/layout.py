@@ -5,6 +5,7 @@ Not here: the model's shape (shape.py), what a layout takes (estimate.py).
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from drivers.llamacpp.header import Header
@@ -24,6 +25,7 @@ MAX_WINDOW_TOKENS: Final = 1 << 22
 CHUNK_TOKENS: Final = 128  # most tokens of one forward pass: bounds how long an interrupt waits
 LONG_CHUNK_TOKENS: Final = 64  # where windows are long: a chunk's attention scores take memory for all of it
 LONG_WINDOW_TOKENS: Final = 8192
+GPU_CHUNK_TOKENS: Final = 512
 SMALL_FILE_BYTES: Final = 50_000_000  # below, a second thread costs more than it gives
 
 
@@ -35,6 +37,7 @@ class Layout:
     seats: int  # most sequences at once
     threads: int
     kv_tokens: int = 0  # that sequences of any length share; 0: each seat has a whole window
+    on_gpu: bool = False
     unified: bool = False  # of a slab: its seats share the cells of one window
 
     @property
@@ -46,7 +49,9 @@ class Layout:
         return self.kv_tokens or self.window_tokens * self.seats
 
 
-def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) -> Layout:
+def decide(
+    header: Header, options: EngineOptions, free_bytes: int, cores: int, on_gpu: bool = False
+) -> Layout:
     """Fill in what the options leave open. Raises UsageError for options out of range.
 
     Many short sequences share the memory that a few long ones would take. But where a number of sequences
@@ -62,15 +67,19 @@ def decide(header: Header, options: EngineOptions, free_bytes: int, cores: int) 
     window = options.context_tokens or min(form.context_tokens, most - most % WINDOW_STEP_TOKENS)
     window = -(-window // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
     if not shares:
-        return Layout(window, options.sequences or max(1, min(UNIFORM_SEATS, fitting // window)), threads)
+        seats = options.sequences or max(1, min(UNIFORM_SEATS, fitting // window))
+        return Layout(window, seats, threads, on_gpu=on_gpu)
     shortest = min(window, SHORTEST_TOKENS)
     kv_tokens = options.kv_tokens or min(DEFAULT_KV_TOKENS, DEFAULT_SEATS * shortest, fitting)
     kv_tokens = max(window, kv_tokens)
-    return Layout(window, options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest), threads, kv_tokens)
+    seats = options.sequences or min(DEFAULT_SEATS, kv_tokens // shortest)
+    return Layout(window, seats, threads, kv_tokens, on_gpu)
 
 
-def chunk_tokens(window_tokens: int, seats: int) -> int:
+def chunk_tokens(window_tokens: int, seats: int, on_gpu: bool) -> int:
     """Most tokens of one pass over a slab; at least one for each seat."""
+    if on_gpu:  # it computes so many in a few milliseconds, and keeps no scores
+        return max(seats, GPU_CHUNK_TOKENS)
     return max(seats, CHUNK_TOKENS if window_tokens < LONG_WINDOW_TOKENS else LONG_CHUNK_TOKENS)
 
 
@@ -92,11 +101,19 @@ def _check(options: EngineOptions) -> None:
 
 def cores() -> int:
     """Physical cores this process may run on."""
+    try:
+        cpus = [Path(f"/sys/devices/system/cpu/cpu{n}/topology") for n in os.sched_getaffinity(0)]
+        return len({(cpu / "thread_siblings_list").read_text() for cpu in cpus})
+    except (AttributeError, OSError):  # not Linux
+        pass
     import psutil
 
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def ram_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_ram_bytes() -> int:

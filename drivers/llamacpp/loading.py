@@ -3,7 +3,8 @@
 Owner: the engine, which frees them. Not here: which layout (layout.py).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,29 +38,38 @@ def load(
 ) -> Loaded:
     """Raises ModelNotFound, ModelInvalid, UsageError, AdmissionRefused, Interrupted."""
     head = parts.read(Path(path))
-    decided = layout.decide(head, options, layout.free_ram_bytes(), layout.cores())
-    admit(estimate(head, decided, on_gpu).total_bytes)
     buffers = Buffers()
     native.start(log, buffers.hear)
+    free_bytes = native.gpu_free_bytes if on_gpu else layout.free_ram_bytes
+    decided = layout.decide(head, options, free_bytes(), layout.cores(), on_gpu)
+    admit(estimate(head, decided).total_bytes, free_bytes())
     weights = Weights(path, on_gpu, progress)
     try:
-        return _on(weights, head, decided, buffers, abort_flag)
+        return _on(weights, head, decided, buffers, free_bytes, abort_flag)
     except BaseException:
         weights.free()
         raise
 
 
-def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers, abort_flag: Any) -> Loaded:
+def _on(
+    weights: Weights,
+    head: Header,
+    decided: layout.Layout,
+    buffers: Buffers,
+    free_bytes: Callable[[], int],
+    abort_flag: Any,
+) -> Loaded:
     """The rest, on loaded weights."""
-    sizes, expected = Sizes(head, weights.on_gpu), estimate(head, decided, weights.on_gpu)
-    make = partial(_slab, weights, decided.threads, abort_flag)
+    sizes, expected = Sizes(head, decided.on_gpu), estimate(head, decided)
+    make = partial(_slab, weights, decided, abort_flag)
     windows = classes(decided.window_tokens) if decided.kv_tokens else (decided.window_tokens,)
     first = make(windows[0], _budget(decided, windows, sizes, expected).first_seats(windows[0]))
     if not first.plain and (len(windows) > 1 or first.seats < decided.seats):  # KV cannot be moved
         first.free()
         buffers.forget_contexts()
         windows = (decided.window_tokens,)
-        decided = layout.Layout(*windows, max(1, decided.pool_tokens // windows[0]), decided.threads)
+        seats = max(1, decided.pool_tokens // windows[0])
+        decided = replace(decided, window_tokens=windows[0], seats=seats, kv_tokens=0)
         first = make(decided.window_tokens, decided.seats)
     try:
         sizes.learn(first.window_tokens, first.seats, buffers)
@@ -67,9 +77,9 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
     except BaseException:
         first.free()
         raise
-    exact_alone = weights.on_gpu or not weights.can_roll_back or not is_invariant(head)
+    exact_alone = decided.on_gpu or not weights.can_roll_back or not is_invariant(head)
     budget = _budget(decided, windows, sizes, expected)
-    slabs = Slabs(first, make, budget, sizes.of_unified, costs.curve, exact_alone)
+    slabs = Slabs(first, make, budget, sizes.of_unified, free_bytes, costs.curve, exact_alone)
     kv_bytes, compute_bytes = sizes.correct(expected)
     info = EngineInfo(
         context_tokens=decided.window_tokens,
@@ -81,14 +91,21 @@ def _on(weights: Weights, head: Header, decided: layout.Layout, buffers: Buffers
         step_cost_s={count: costs.curve.round_s(count) for count in costs.curve.least_s},
         prefill_token_s=costs.prefill_token_s,
         copy_token_s=costs.dump_token_s,
+        abortable=weights.can_roll_back,
     )
     return Loaded(info, weights, slabs, costs, fingerprint(head))
 
 
 def _slab(
-    weights: Weights, threads: int, abort_flag: Any, window_tokens: int, seats: int, unified: bool = False
+    weights: Weights,
+    decided: layout.Layout,
+    abort_flag: Any,
+    window_tokens: int,
+    seats: int,
+    unified: bool = False,
 ) -> Slab:
-    return Slab(weights, layout.Layout(window_tokens, seats, threads, unified=unified), abort_flag)
+    one = replace(decided, window_tokens=window_tokens, seats=seats, kv_tokens=0, unified=unified)
+    return Slab(weights, one, abort_flag)
 
 
 def _budget(decided: layout.Layout, windows: tuple[int, ...], sizes: Sizes, expected: Estimate) -> Budget:

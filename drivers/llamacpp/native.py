@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from kernel.device import LogLine
-from kernel.errors import KernelFault
+from kernel.errors import AdmissionRefused, KernelFault
 
 # Before libgomp is loaded: its spinning barriers cost a factor of 30 to 400 beside a busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,6 +25,7 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a failed assertion would star
 BINDING: Final = "0.3.36"  # the only version whose structures these calls were checked against
 LEVELS: Final = {2: "info", 3: "warn", 4: "error"}
 CONTINUED: Final = 5
+_GPUS: Final = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, and _IGPU
 
 
 def _import_bindings() -> Any:
@@ -72,6 +73,24 @@ sample = _fast("llama_sampler_sample")
 # `bool callback(void *data)`, asked after every graph node: strlen of a two-byte buffer is 1 as soon as
 # its first byte is set. Native, so it never takes the interpreter lock.
 abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+
+
+def gpu_free_bytes() -> int:
+    """Memory that the first GPU of the local build has left. Raises AdmissionRefused if there is none."""
+    calls = lib._lib
+    calls.ggml_backend_dev_count.restype = ctypes.c_size_t
+    calls.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+    calls.ggml_backend_dev_get.restype = ctypes.c_void_p
+    calls.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    size = ctypes.POINTER(ctypes.c_size_t)
+    calls.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size, size]
+    for index in range(calls.ggml_backend_dev_count()):
+        device = calls.ggml_backend_dev_get(index)
+        if calls.ggml_backend_dev_type(device) in _GPUS:
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            calls.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+            return free.value
+    raise AdmissionRefused("llama.cpp finds no GPU it was built for", "`devices` lists what there is")
 
 
 def check_binding() -> None:

@@ -1,12 +1,13 @@
 """Which tokens go into the next forward pass. Touches no native code.
 
-Continuous batching in two kinds of pass: one token each of all sequences that wait for their next
-token, or chunks of prompts, of equal length. They take turns when both have something to do. Mixed
-passes would not be faster (llama.cpp cuts them into parts of equal length, and each part reads the
-weights again), and the parts could be single tokens: attention over one row is computed by another
-kernel than over several, with other last bits, so a prompt's logits would depend on its neighbours.
-For the same reason a prompt is not cut so that one token is left. Where several passes of a few sequences
-each take less time than one of all, those that wait for their next token are divided into such passes.
+Continuous batching in two kinds of pass: one token each of all sequences that wait for their next token,
+or chunks of prompts, of equal length. They take turns when both have something to do; a quantum whose
+best claim is a prompt's begins with that. Mixed passes would not be faster (llama.cpp cuts them into
+parts of equal length, and each part reads the weights again), and the parts could be single tokens:
+attention over one row is computed by another kernel than over several, with other last bits, so a
+prompt's logits would depend on its neighbours. For the same reason a prompt is not cut so that one token
+is left. Where several passes of a few sequences each take less time than one of all, those that wait for
+their next token are divided into such passes.
 
 An exact sequence is cut by its own positions only, whatever its quota; and where the logits of a row
 depend on how many rows are computed with it, each exact one has passes of its own, in turn with the others.
@@ -36,6 +37,7 @@ class Planner:
         self._exact_alone = exact_alone
         self._had_turn: dict[int, int] = {}  # by kind of pass: when it was last planned
         self._passes = 0
+        self._quantum: Mapping[int, int] | None = None  # the one under way
 
     def plan(self, sequences: Iterable[Sequence], quota_tokens: Mapping[int, int]) -> Plan:
         """Sequences (in the order of their seats) and the tokens to compute of each, all the same number."""
@@ -52,9 +54,14 @@ class Planner:
             else:
                 (decoding if count == 1 else prompts).append((sequence, count))
         if prompts:
+            rank = {seq: number for number, seq in enumerate(quota_tokens)}
+            prompts.sort(key=lambda each: rank[each[0].id])
             passes[_PROMPTS] = _chunks(prompts, quota_tokens, self._room_tokens)
+            if quota_tokens is not self._quantum and rank[prompts[0][0].id] == 0:
+                self._had_turn.pop(_PROMPTS, None)  # it need not wait for those who go on from before
         if decoding:
             passes[_DECODING] = decoding
+        self._quantum = quota_tokens
         plan = self._next_of(passes)
         return self._part(plan) if plan is decoding and self._curve.first(len(plan)) < len(plan) else plan
 
@@ -83,10 +90,20 @@ def _wanted(sequence: Sequence, quota: int) -> int:
 
 
 def _exact_count(sequence: Sequence) -> int:
-    """A function of positions only; what was drawn is computed one by one, as it was when it was drawn."""
+    """A function of positions only; what was drawn is computed one by one, as it was when it was drawn.
+
+    The last token of an earlier reply is not: it came with the next turn's prompt.
+    """
     begin, end = sequence.computed, sequence.prompt_tokens
     if begin >= end:
         return 1
+    bounds = sequence.reply_bounds
+    for first, last in zip(bounds[::2], bounds[1::2], strict=True):
+        if first <= begin < last - 1:
+            return 1
+        if begin < first:
+            end = first
+            break
     stop = min(end, begin - begin % EXACT_CHUNK_TOKENS + EXACT_CHUNK_TOKENS)
     return end - begin if end - stop == 1 else stop - begin
 
@@ -108,4 +125,4 @@ def _chunks(prompts: Plan, quota_tokens: Mapping[int, int], room_tokens: int) ->
         if fits and count <= room_tokens:
             chosen.append((sequence, count))
             room_tokens -= count
-    return chosen
+    return sorted(chosen, key=lambda each: each[0].seat)

@@ -51,6 +51,9 @@ class Prompts:
         tokens, prompt_tokens = self._known(prompt.tokens), prompt.prompt_tokens or len(prompt.tokens)
         if not 0 < prompt_tokens <= len(tokens):
             raise UsageError(f"{prompt_tokens} prompt tokens of {len(tokens)}")
+        bounds = [0, *prompt.reply_bounds, prompt_tokens]
+        if len(bounds) % 2 or sorted(bounds) != bounds:
+            raise UsageError(f"replies {prompt.reply_bounds} in {prompt_tokens} prompt tokens")
         self._fitting(tokens[:prompt_tokens], 0)
         if len(tokens) > self._window_tokens:
             self._fitting(tokens, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from drivers.llamacpp import native
-from drivers.llamacpp.layout import CHUNK_TOKENS, WINDOW_STEP_TOKENS
+from drivers.llamacpp.layout import WINDOW_STEP_TOKENS, chunk_tokens
 from drivers.llamacpp.native import lib
 from kernel.errors import KernelFault
 
@@ -31,11 +31,13 @@ class RawRun:
 class RawLoop:
     """A model loaded, with one context for as many prompts as there are seats."""
 
-    def __init__(self, path: str, seats: int, window_tokens: int, threads: int = 1) -> None:
+    def __init__(
+        self, path: str, seats: int, window_tokens: int, threads: int = 1, on_gpu: bool = False
+    ) -> None:
         """`window_tokens` is per seat; to compare, open the engine with the same numbers."""
         native.start(_silent, _silent)
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = 999 if on_gpu else 0
         self._model = lib.llama_model_load_from_file(path.encode(), params)
         if not self._model:
             raise KernelFault(f"{path} does not load")
@@ -44,11 +46,13 @@ class RawLoop:
         ends = [token for token in range(self._vocabulary) if native.token_is_eog(vocabulary, token)]
         self._ends = np.array(ends, np.intp)
         self._excluded = self._ends[:0]
-        self._context = lib.llama_init_from_model(self._model, _params(seats, window_tokens, threads))
+        self._chunk_tokens = chunk_tokens(window_tokens, seats, on_gpu)
+        params = _params(seats, window_tokens, threads, self._chunk_tokens, on_gpu)
+        self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             lib.llama_model_free(self._model)
             raise KernelFault(f"llama.cpp cannot make a context of {seats} x {window_tokens} tokens")
-        self._batch = lib.llama_batch_init(max(CHUNK_TOKENS, seats), 0, 1)
+        self._batch = lib.llama_batch_init(self._chunk_tokens, 0, 1)
 
     def free(self) -> None:
         lib.llama_batch_free(self._batch)
@@ -80,8 +84,8 @@ class RawLoop:
     def _prefill(self, seat: int, prompt: Sequence[int]) -> int:
         """Compute a prompt in chunks; returns the first token after it."""
         batch = self._batch
-        for begin in range(0, len(prompt), CHUNK_TOKENS):
-            chunk = prompt[begin : begin + CHUNK_TOKENS]
+        for begin in range(0, len(prompt), self._chunk_tokens):
+            chunk = prompt[begin : begin + self._chunk_tokens]
             batch.n_tokens = len(chunk)
             for row, token in enumerate(chunk):
                 batch.token[row], batch.pos[row] = token, begin + row
@@ -106,11 +110,11 @@ def _silent(_level: str, _line: str) -> None:
     """Nobody reads the library's chatter here."""
 
 
-def _params(seats: int, window_tokens: int, threads: int) -> Any:
+def _params(seats: int, window_tokens: int, threads: int, chunk_tokens: int, on_gpu: bool) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx = seats * -(-window_tokens // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
-    params.n_batch = params.n_ubatch = max(CHUNK_TOKENS, seats)
+    params.n_batch = params.n_ubatch = chunk_tokens
     params.n_seq_max = params.n_outputs_max = seats
     params.n_threads = params.n_threads_batch = threads
-    params.flash_attn_type, params.kv_unified = 0, False
+    params.flash_attn_type, params.kv_unified = int(on_gpu), False
     return params

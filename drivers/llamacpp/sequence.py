@@ -31,6 +31,7 @@ class Sequence:
     finish: Finish | None = None
     reported: bool = False  # whether a step has told `finish`
     stuck: bool = False  # whether a step has told that its slab has no room for it
+    reply_bounds: tuple[int, ...] = ()  # where earlier replies begin and end, in turn
     shareable_tokens: int = 0  # how many of its first tokens may be computed by another sequence
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _new_decoder("replace"))
     rests: bool = field(default=False, init=False)  # it has finished, or outgrown its slab
@@ -82,6 +83,7 @@ class Sequence:
             self.given_tokens,
             self.finish,
             self.reported,
+            reply_bounds=self.reply_bounds,
         )
         twin.decoder.setstate(self.decoder.getstate())
         return twin

@@ -44,7 +44,7 @@ class Slab:
         self.seats = layout.seats
         self.unified = layout.unified
         self.commons = Commons()  # seats of a unified slab that hold the same cells
-        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats)
+        self.capacity_tokens = chunk_tokens(layout.window_tokens, layout.seats, layout.on_gpu)
         self._weights = weights
         self._abort_flag = abort_flag  # referenced for as long as native code reads it
         self.context = lib.llama_init_from_model(weights.handle, self._params(layout))
@@ -66,8 +66,8 @@ class Slab:
         params.n_batch = params.n_ubatch = self.capacity_tokens
         params.n_seq_max = params.n_outputs_max = layout.seats
         params.n_threads = params.n_threads_batch = layout.threads
-        params.flash_attn_type, params.kv_unified = 0, layout.unified
-        params.offload_kqv = params.op_offload = self._weights.on_gpu
+        params.flash_attn_type, params.kv_unified = int(layout.on_gpu), layout.unified
+        params.offload_kqv = params.op_offload = layout.on_gpu
         params.abort_callback = native.abort_callback
         params.abort_callback_data = ctypes.addressof(self._abort_flag)
         return params

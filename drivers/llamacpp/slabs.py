@@ -6,10 +6,9 @@ those who sit on it waits outside meanwhile, what was kept on its free seats is 
 Not here: how many seats a class gets (budget.py), which seat of a slab (seating.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Protocol
 
-from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Room, SlabBytes, Use
 from drivers.llamacpp.calibrate import measure_more
 from drivers.llamacpp.curve import Curve
@@ -38,6 +37,7 @@ class Slabs:
         make: MakeSlab,
         budget: Budget,
         unified_bytes: SlabBytes,
+        free_bytes: Callable[[], int],
         curve: Curve,
         exact_alone: bool,
     ) -> None:
@@ -45,6 +45,7 @@ class Slabs:
         self._make = make
         self._budget = budget
         self._unified_bytes = unified_bytes
+        self._free_bytes = free_bytes  # of the device
         self.unites = first.plain  # where KV can be moved, families get slabs of their own
         self._curve = curve
         self._exact_alone = exact_alone
@@ -83,9 +84,9 @@ class Slabs:
             return
         after = uses | {window: Use(seats, 0) for window, seats in room.resize.items()}
         more_bytes = self._budget.used_bytes(after) - self._budget.used_bytes(uses)
-        if more_bytes > 0 and more_bytes > (free_bytes := layout.free_ram_bytes()):
+        if more_bytes > 0 and more_bytes > (free_bytes := self._free_bytes()):
             raise AdmissionRefused(
-                f"needs {more_bytes // MIB} MiB of RAM; {free_bytes // MIB} MiB are free",
+                f"needs {more_bytes // MIB} MiB; {free_bytes // MIB} MiB are free",
                 "other programs have taken what was promised",
             )
 
@@ -137,7 +138,7 @@ class Slabs:
         seats = min(SEATS, self._budget.most_seats)
         left_bytes = self._budget.limit_bytes - self._budget.used_bytes(self._uses(None))
         need_bytes = self._unified_bytes(cells, seats)
-        if need_bytes > min(left_bytes - self._family_bytes(None), layout.free_ram_bytes()):
+        if need_bytes > min(left_bytes - self._family_bytes(None), self._free_bytes()):
             return None
         self._spare(left_bytes - need_bytes)
         try:

@@ -25,13 +25,13 @@ _ALL_LAYERS = 999
 class Weights:
     """Weights and vocabulary. Read-only after the load, so contexts may share it."""
 
-    def __init__(self, path: str | PathLike[str], gpu_layers: bool, progress: Progress) -> None:
+    def __init__(self, path: str | PathLike[str], on_gpu: bool, progress: Progress) -> None:
         self.path = fspath(path)
-        self._model: Any = _load(self.path, gpu_layers, progress)
+        self._model: Any = _load(self.path, on_gpu, progress)
         self._vocabulary = lib.llama_model_get_vocab(self._model)
         self.vocabulary_tokens = int(lib.llama_vocab_n_tokens(self._vocabulary))
         self.bytes = int(lib.llama_model_size(self._model))
-        self.on_gpu = gpu_layers
+        self.on_gpu = on_gpu
         self._pieces: dict[int, bytes] = {}
         if lib.llama_model_has_encoder(self._model) or not lib.llama_model_has_decoder(self._model):
             self.free()
@@ -110,9 +110,9 @@ def _has_lone_surrogates(text: str) -> bool:
     return any(0xD800 <= ord(char) < 0xDC80 or 0xDCFF < ord(char) <= 0xDFFF for char in text)
 
 
-def _load(path: str, gpu_layers: bool, progress: Progress) -> int:
+def _load(path: str, on_gpu: bool, progress: Progress) -> int:
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = _ALL_LAYERS if gpu_layers else 0
+    params.n_gpu_layers = _ALL_LAYERS if on_gpu else 0
     params.load_mode = _LOAD_MMAP
     told = _Told(progress)
     params.progress_callback = callback = lib.llama_progress_callback(told)

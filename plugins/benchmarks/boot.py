@@ -5,7 +5,6 @@ prompt is on the screen.
 """
 
 import argparse
-import json
 import os
 import select
 import subprocess
@@ -16,12 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernel.errors import KernelFault, TimedOut, UsageError
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import check_idle
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM = 5.0
@@ -125,18 +125,12 @@ def _environment() -> dict[str, str]:
 
 def _arguments(parser: Arguments) -> None:
     parser.add("--repeat", type=positive, default=10, metavar="R", help="rounds; 10")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
-    with progress(shell.err) as tell:
-        rows = measure(args.repeat, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(rows)))
-        return 0
-    write_table(shell.out, _COLUMNS, rows)
-    return 0
+    rows = measure(args.repeat, tell)
+    return Report(report(rows), _COLUMNS, rows)
 
 
 def report(rows: Sequence[Row]) -> dict[str, object]:
@@ -150,8 +144,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("RATIO", lambda row: row.ratio.text(1), right=True, keep=90),
 ]
 
-SPEC = CommandSpec(
-    "bench boot",
+SPEC = benchmark(
+    "boot",
     "time to the prompt and of `llmos -c true`, as ratios to `python -c pass`",
     _run,
     _arguments,

@@ -6,7 +6,6 @@ goes. And against the optimum of whoever knows the trace beforehand (offline).
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +26,14 @@ from kernel.device import (
 )
 from kernel.errors import ModelNotFound
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
 from kernel.snapshot import ProcessView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.offline import Trace, in_order, reordered
-from plugins.benchmarks.progress import progress
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from plugins.benchmarks.progress import Tell
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 PLACES = 2
@@ -225,26 +225,20 @@ def compare(trace: Trace) -> dict[str, float]:
     }
 
 
+_Row = tuple[str, dict[str, float]]
+
+
 def _arguments(parser: Arguments) -> None:
     parser.add("--seed", type=int, default=1, metavar="N", help="of the traces")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[_Row]:
     rows: dict[str, dict[str, float]] = {}
-    with progress(shell.err) as tell:
-        for name, make in TRACES.items():
-            for models in MODELS:
-                tell(f"{name}, {models} models")
-                rows[f"{name} {models}"] = compare(make(models, args.seed))
-    if args.json or shell.json:
-        shell.out.line(json.dumps(rows))
-        return 0
-    write_table(shell.out, _COLUMNS, list(rows.items()))
-    return 0
-
-
-_Row = tuple[str, dict[str, float]]
+    for name, make in TRACES.items():
+        for models in MODELS:
+            tell(f"{name}, {models} models")
+            rows[f"{name} {models}"] = compare(make(models, args.seed))
+    return Report(rows, _COLUMNS, list(rows.items()))
 
 
 def _column(header: str, field: str, keep: int, form: str = "{:.0f}") -> Column[_Row]:
@@ -265,8 +259,8 @@ _COLUMNS: list[Column[_Row]] = [
     _column("WAIT_MAX_S", "llmos_wait_max_s", 40),
 ]
 
-SPEC = CommandSpec(
-    "bench eviction",
+SPEC = benchmark(
+    "eviction",
     "more models than memory: loads and makespan, against a simple server and the offline optimum",
     _run,
     _arguments,

@@ -10,7 +10,6 @@ is in use is as `ps` counts it, shared KV once; what is reserved is the whole sl
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from drivers.llamacpp import family
 from kernel.errors import KernelFault, LlmosError, UsageError
 from kernel.syscall import Signal
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import (
     Machine,
     booted,
@@ -29,11 +29,11 @@ from plugins.benchmarks.machine import (
     options,
     random_text,
 )
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM_SPEEDUP = 7.0
@@ -171,22 +171,16 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--children", type=positive, default=8, metavar="N", help="forks; 8")
     parser.add("--prompt", type=positive, default=1000, metavar="N", help="characters of the prompt; 1000")
     parser.add("--repeat", type=positive, default=5, metavar="R", help="pairs of runs; 5")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Result]:
     check_idle(shell)
     if args.children > 255:
         raise UsageError("bench fork: at most 255 children")
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        result = measure(path, args.children, args.prompt, args.repeat, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(path, result)))
-        return 0
-    shell.out.line(f"{result.children} children of a process with {result.prompt_tokens} prompt tokens")
-    write_table(shell.out, _COLUMNS, [result])
-    return 0
+    path = model_path(shell, args.model, tell)
+    result = measure(path, args.children, args.prompt, args.repeat, tell)
+    head = f"{result.children} children of a process with {result.prompt_tokens} prompt tokens"
+    return Report(report(path, result), _COLUMNS, [result], head)
 
 
 def report(path: Path, result: Result) -> dict[str, object]:
@@ -205,8 +199,8 @@ _COLUMNS: list[Column[Result]] = [
     Column("RESERVED", lambda row: f"{row.reserved_copies:.2f}", right=True, keep=30),
 ]
 
-SPEC = CommandSpec(
-    "bench fork",
+SPEC = benchmark(
+    "fork",
     "children of a long prompt, against as many independent runs",
     _run,
     _arguments,

@@ -6,7 +6,6 @@ Source: /proc (Linux): `voluntary_ctxt_switches` in status, the first number in 
 """
 
 import argparse
-import json
 import os
 import threading
 import time
@@ -15,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kernel.errors import UsageError
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import booted, check_idle, model_argument, model_path, options
-from plugins.benchmarks.progress import Tell, progress
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from plugins.benchmarks.progress import Tell
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 SETTLE_S = 0.5  # for what boot and load still have to say
@@ -95,21 +95,15 @@ def _rows(process: str, before: Mapping[int, Count], after: Mapping[int, Count])
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     parser.add("--seconds", type=float, default=3.0, metavar="S", help="how long to watch; 3")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     if not 0 < args.seconds <= 3600:
         raise UsageError("bench idle: --seconds is above 0, and at most 3600")
     check_idle(shell)
-    with progress(shell.err) as tell:
-        rows = measure(model_path(shell, args.model, tell), args.seconds, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(args.seconds, rows)))
-        return 0
-    shell.out.line(f"an idle kernel with a loaded model, for {args.seconds:g} s")
-    write_table(shell.out, _COLUMNS, rows)
-    return 0
+    rows = measure(model_path(shell, args.model, tell), args.seconds, tell)
+    head = f"an idle kernel with a loaded model, for {args.seconds:g} s"
+    return Report(report(args.seconds, rows), _COLUMNS, rows, head)
 
 
 def report(seconds: float, rows: Sequence[Row]) -> dict[str, object]:
@@ -129,8 +123,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("CPU MS", lambda row: f"{1000 * row.cpu_s:.1f}", right=True, keep=80),
 ]
 
-SPEC = CommandSpec(
-    "bench idle",
+SPEC = benchmark(
+    "idle",
     "wake-ups and CPU time of an idle kernel with a loaded model",
     _run,
     _arguments,

@@ -8,7 +8,6 @@ Not here: the clients themselves (clients.py).
 """
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -18,25 +17,31 @@ from pathlib import Path
 
 from kernel.errors import UsageError
 from plugins.benchmarks.clients import Batch, Client, LlmosClient, Reply, ServerClient
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import (
     booted,
     check_idle,
+    device_argument,
     model_argument,
     model_path,
     options,
     random_text,
 )
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.server import Server, server_argument, server_path
 from plugins.benchmarks.spread import Tail
 from plugins.benchmarks.throughput import SETTINGS, positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM_TTFT = 1.5  # p99 beside the batch, over p99 unloaded
 AIM_SERVER = 20.0  # the server's p99 over ours
 AIM_KEPT = 0.95
+PERSON_S = 21.0
+"""From an answer to the next prompt: to read 24 words at 238 a minute (Brysbaert, "How many words do we read
+per minute?", 2019) and to type 64 characters at 52 words of five a minute (Dhakal et al., "Observations on
+typing from 136 million keystrokes", 2018)."""
 PROMPT_CHARACTERS = 64
 OUTPUT_TOKENS = 32
 BATCH_TOKENS = 128  # of each prompt of a batch job
@@ -58,6 +63,7 @@ class Job:
     threads: int = 0
     server: Path | None = None
     settings: str = "default"
+    device: str = ""  # "": as the kernel decides
 
     @property
     def window_tokens(self) -> int:
@@ -101,10 +107,12 @@ def measure(job: Job, tell: Tell) -> list[Row]:
     shared = options(job.path, job.seats, job.window_tokens, job.threads)
     with ExitStack() as stack:
         tell("interactive: loading")
-        clients: list[Client] = [LlmosClient(stack.enter_context(booted(job.path, shared)))]
+        machine = stack.enter_context(booted(job.path, shared, device=job.device))
+        clients: list[Client] = [LlmosClient(machine)]
         if job.server:
             words = SETTINGS[job.settings]
-            clients.append(ServerClient(stack.enter_context(Server(job.server, job.path, shared, words))))
+            server = Server(job.server, job.path, shared, machine.on_gpu, words)
+            clients.append(ServerClient(stack.enter_context(server)))
         sides = {client.name: Side() for client in clients}
         for client in clients:
             _ask(client, "warm-up", WARM_UP, 0.0, Load())
@@ -196,9 +204,17 @@ def advantage(rows: Sequence[Row]) -> float | None:
     return p99_s["server"] / p99_s["LLMOS"] if "server" in p99_s else None
 
 
+def person_kept(rows: Sequence[Row], side: str) -> float:
+    """Of the batch's rate alone, what a client leaves it who reads and types as people do. Not measured: what
+    a request takes from it does not depend on what comes between."""
+    (lost_s,) = (row.lost_s for row in rows if row.side == side and row.lost_s is not None)
+    return 1 - lost_s / PERSON_S
+
+
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     server_argument(parser)
+    device_argument(parser)
     parser.add("--requests", type=positive, default=40, metavar="N", help="of each kind on each side; 40")
     parser.add("--blocks", type=positive, default=2, metavar="N", help="that they are divided into; 2")
     parser.add("--batch", type=positive, default=8, metavar="N", help="batch jobs; 8")
@@ -206,42 +222,37 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--think", type=float, default=0.25, metavar="S", help="seconds between two prompts; 0.25")
     parser.add("--threads", type=positive, default=0, metavar="N", help="compute threads of each side")
     parser.add("--settings", choices=list(SETTINGS), default="default", help="of the server")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     if not 0 <= args.think <= 60:
         raise UsageError("bench interactive: --think is 0 to 60 s")
     check_idle(shell)
     server = server_path(args.server)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        job = Job(
-            path,
-            args.requests,
-            args.blocks,
-            args.batch,
-            args.seats or args.batch,
-            args.think,
-            args.threads,
-            server,
-            args.settings,
-        )
-        rows = measure(job, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(job, rows)))
-        return 0
-    shell.out.line(f"a client beside {job.batch} batch jobs on {job.seats} seats; ms, p50 / p99 / most")
-    write_table(shell.out, _COLUMNS, rows)
-    shell.out.lines(_summary(rows))
-    return 0
+    path = model_path(shell, args.model, tell)
+    job = Job(
+        path,
+        args.requests,
+        args.blocks,
+        args.batch,
+        args.seats or args.batch,
+        args.think,
+        args.threads,
+        server,
+        args.settings,
+        args.device,
+    )
+    rows = measure(job, tell)
+    head = f"a client beside {job.batch} batch jobs on {job.seats} seats; ms, p50 / p99 / most"
+    return Report(report(job, rows), _COLUMNS, rows, head, _summary(rows))
 
 
-def _summary(rows: Sequence[Row]) -> list[str]:
+def _summary(rows: Sequence[Row]) -> str:
     lines = [f"p99 to the first token is {slowdown(rows, 'LLMOS'):.2f} times that of an idle LLMOS"]
     if (times := advantage(rows)) is not None:
         lines.append(f"and {times:.1f} times better than the server's")
-    return [", ".join(lines)]
+    kept = _percent(person_kept(rows, "LLMOS"))
+    return f"{', '.join(lines)}\nwho reads and types for {PERSON_S:g} s in between leaves the batch {kept}"
 
 
 def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
@@ -262,6 +273,8 @@ def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
         "aim_kept": AIM_KEPT,
         "slowdown": slowdown(rows, "LLMOS"),
         "advantage": advantage(rows),
+        "person_s": PERSON_S,
+        "person_kept": person_kept(rows, "LLMOS"),
         "rows": [asdict(row) for row in rows],
     }
 
@@ -281,8 +294,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("LOST S", lambda row: "" if row.lost_s is None else f"{row.lost_s:.2f}", right=True, keep=65),
 ]
 
-SPEC = CommandSpec(
-    "bench interactive",
+SPEC = benchmark(
+    "interactive",
     "a client's latency beside batch jobs, against llama.cpp's server",
     _run,
     _arguments,

@@ -10,7 +10,6 @@ forward pass counts that was under way at that moment, or began after it, and st
 """
 
 import argparse
-import json
 import queue
 import random
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from kernel.errors import KernelFault
 from kernel.syscall import Signal
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import (
     Machine,
     booted,
@@ -30,11 +30,11 @@ from plugins.benchmarks.machine import (
     random_text,
 )
 from plugins.benchmarks.probe import Freed, ProbedDriver
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.spread import Tail
 from plugins.benchmarks.throughput import positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 NEIGHBOURS = 3
@@ -221,22 +221,14 @@ def _rows(action: str, during: str, samples: Sequence[Sample]) -> list[Row]:
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     parser.add("--repeat", type=positive, default=50, metavar="R", help="signals of each kind; 50")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        rows = measure(path, args.repeat, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(path, rows)))
-        return 0
-    shell.out.line(
-        f"engine steps from a signal to its effect, beside {NEIGHBOURS} processes; p50 / p99 / most"
-    )
-    write_table(shell.out, _COLUMNS, rows)
-    return 0
+    path = model_path(shell, args.model, tell)
+    rows = measure(path, args.repeat, tell)
+    head = f"engine steps from a signal to its effect, beside {NEIGHBOURS} processes; p50 / p99 / most"
+    return Report(report(path, rows), _COLUMNS, rows, head)
 
 
 def report(path: Path, rows: Sequence[Row]) -> dict[str, object]:
@@ -253,8 +245,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("MS", lambda row: row.latency_s.text(1, 1000), right=True, keep=70),
 ]
 
-SPEC = CommandSpec(
-    "bench kill",
+SPEC = benchmark(
+    "kill",
     "engine steps from kill, stop and renice to their effect",
     _run,
     _arguments,

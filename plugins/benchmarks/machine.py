@@ -19,8 +19,8 @@ from kernel.clock import RealClock
 from kernel.device import Driver, EngineOptions, Sampling
 from kernel.errors import KernelFault, NotPermitted
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
 from kernel.snapshot import ModelView
+from kernel.spec import ProcessSpec
 from kernel.syscall import Signal, Syscalls
 from llmos.paths import find_paths, writable
 from llmos.store import Store
@@ -39,6 +39,10 @@ class Machine:
     kernel: Kernel
     system: Syscalls
     model: ModelView
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.model.device != "cpu"
 
     def spec(self, prompt: str, tokens: int, *, items: int = 1, nice: int = 0) -> ProcessSpec:
         """A greedy process that draws exactly so many tokens per item; 0 fills the window."""
@@ -61,7 +65,9 @@ class Machine:
 
 
 @contextmanager
-def booted(path: Path, options: EngineOptions, driver: Driver | None = None) -> Iterator[Machine]:
+def booted(
+    path: Path, options: EngineOptions, driver: Driver | None = None, device: str = ""
+) -> Iterator[Machine]:
     """Boot, load, and at the end shut down. Raises what the load raises."""
     kernel = Kernel(
         Parts(
@@ -74,7 +80,7 @@ def booted(path: Path, options: EngineOptions, driver: Driver | None = None) -> 
     )
     system = Syscalls(kernel)
     try:
-        system.load(str(path))
+        system.load(str(path), device=device)
         model = system.wait_load(str(path))
         if model is None or model.engine is None:
             raise KernelFault(f"{path} did not load")
@@ -108,6 +114,11 @@ def model_argument(parser: Arguments) -> None:
     """`--model`, as every benchmark that needs one takes it."""
     told = "measure this model; without it one of 61 M random parameters"
     parser.add("--model", metavar="FILE", completes=("model", "file"), help=told)
+
+
+def device_argument(parser: Arguments) -> None:
+    """`--device`, for what is measured against others: they use the same one."""
+    parser.add("--device", default="", metavar="NAME", help="on this one; without it, where most room is")
 
 
 def model_path(shell: Shell, name: str | None, tell: Tell) -> Path:

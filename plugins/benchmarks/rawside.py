@@ -1,4 +1,4 @@
-"""The yardstick in a process of its own: `python -m plugins.benchmarks.rawside FILE SEATS WINDOW THREADS`.
+"""The yardstick in a process of its own: `python -m plugins.benchmarks.rawside FILE NUMBERS`.
 
 A child, as the LLMOS engine is one, so that what the parent does meanwhile costs both the same. It is
 idle until a line of JSON says what to compute. It draws as the other side does: the tokens that would end
@@ -40,8 +40,8 @@ class RawAnswer:
 class RawSide:
     """The child, as the parent sees it."""
 
-    def __init__(self, path: Path, options: EngineOptions) -> None:
-        numbers = (options.sequences, options.context_tokens, options.threads)
+    def __init__(self, path: Path, options: EngineOptions, on_gpu: bool) -> None:
+        numbers = (options.sequences, options.context_tokens, options.threads, int(on_gpu))
         words = [str(path), *map(str, numbers)]
         import_path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         self._process = subprocess.Popen(
@@ -85,7 +85,8 @@ def main() -> int:
     """Serve until standard input ends."""
     from drivers.llamacpp import rawloop  # imports the native library, after the environment is set
 
-    loop = rawloop.RawLoop(sys.argv[1], *map(int, sys.argv[2:5]))
+    seats, window_tokens, threads, on_gpu = map(int, sys.argv[2:6])
+    loop = rawloop.RawLoop(sys.argv[1], seats, window_tokens, threads, bool(on_gpu))
     for line in sys.stdin:
         prompts, output_tokens = json.loads(line)
         run = loop.generate(prompts, output_tokens, ignore_eos=True)

@@ -37,7 +37,7 @@ from kernel.device import (
 from kernel.errors import ModelNotFound, UsageError
 from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.kernel import Kernel, Parts
-from kernel.process import ProcessSpec
+from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
 from plugins.benchmarks.trace import WINDOW_S, Gap, Meter, Request, Served, gap, read_trace, write_served
 

@@ -9,7 +9,6 @@ The checkpoint's bytes are also written to the same disk as they are, for compar
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -20,12 +19,13 @@ from pathlib import Path
 from kernel.errors import KernelFault
 from kernel.syscall import Signal
 from kernel.units import human_bytes
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 SIZES = (1024, 4096, 16_384)
@@ -166,21 +166,15 @@ def _arguments(parser: Arguments) -> None:
         "--tokens", type=positive, action="append", metavar="N", help="of the prompt; 1024, 4096 and 16384"
     )
     parser.add("--repeat", type=positive, default=3, metavar="R", help="processes of each size; 3")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        rows = measure(path, args.tokens or SIZES, args.repeat, tell)
-    if args.json or shell.json:
-        report = {"model": str(path), "aim_ratio": AIM_RATIO, "rows": [asdict(row) for row in rows]}
-        shell.out.line(json.dumps(report))
-        return 0
-    shell.out.line("milliseconds to the next token; ratios to the prompt computed again, median (spread)")
-    write_table(shell.out, _COLUMNS, rows)
-    return 0
+    path = model_path(shell, args.model, tell)
+    rows = measure(path, args.tokens or SIZES, args.repeat, tell)
+    value = {"model": str(path), "aim_ratio": AIM_RATIO, "rows": [asdict(row) for row in rows]}
+    head = "milliseconds to the next token; ratios to the prompt computed again, median (spread)"
+    return Report(value, _COLUMNS, rows, head)
 
 
 def _ms(spread: Spread) -> str:
@@ -199,8 +193,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("FILE", lambda row: human_bytes(row.file_bytes), right=True, keep=50),
 ]
 
-SPEC = CommandSpec(
-    "bench restore",
+SPEC = benchmark(
+    "restore",
     "a checkpoint and a swap against computing the same tokens again",
     _run,
     _arguments,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from drivers.simmodel import SimModel
 from kernel.fairness import OUTPUT_UNITS
-from kernel.process import ProcessSpec
 from kernel.runqueue import RunQueue
+from kernel.spec import ProcessSpec
 from plugins.benchmarks.replay import Replay, percentile
 from plugins.benchmarks.trace import Request
 

@@ -121,7 +121,9 @@ class Exchange:
 class Server:
     """The process, as who measures it sees it."""
 
-    def __init__(self, binary: Path, model: Path, options: EngineOptions, words: Sequence[str] = ()) -> None:
+    def __init__(
+        self, binary: Path, model: Path, options: EngineOptions, on_gpu: bool, words: Sequence[str] = ()
+    ) -> None:
         self.port = _free_port()
         self._model, self._slots = model, options.sequences
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
@@ -129,7 +131,7 @@ class Server:
         leash = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         command = [*leash, str(binary), "-m", str(model), "--host", LOCALHOST, "--port", str(self.port)]
         command += ["-np", str(options.sequences), "-c", str(options.sequences * options.context_tokens)]
-        command += ["-t", str(options.threads), "--offline", *words]
+        command += ["-t", str(options.threads), "-ngl", "999" if on_gpu else "0", "--offline", *words]
         settings = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
         try:
             self._process = subprocess.Popen(

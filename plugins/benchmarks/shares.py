@@ -6,19 +6,19 @@ repetition some more, so that the count does not always end at the same place in
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kernel.errors import KernelFault, TimedOut
+from plugins.benchmarks.command import Report, benchmark
 from plugins.benchmarks.machine import Machine, booted, check_idle, model_argument, model_path, options
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.spread import Spread
 from plugins.benchmarks.throughput import positive
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 WEIGHTS = (4.0, 2.0, 1.0)
@@ -101,21 +101,15 @@ def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     parser.add("--tokens", type=positive, default=2000, metavar="N", help="of all processes together; 2000")
     parser.add("--repeat", type=positive, default=5, metavar="R", help="repetitions; 5")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        rows = measure(path, args.tokens, args.repeat, tell)
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(path, args.tokens, rows)))
-        return 0
-    shell.out.line(f"shares of {args.tokens} output tokens, {args.repeat} times; middle (least to most)")
-    write_table(shell.out, _COLUMNS, rows)
-    shell.out.line(f"no share is further from its due than {100 * worst(rows):.2f} % of it")
-    return 0
+    path = model_path(shell, args.model, tell)
+    rows = measure(path, args.tokens, args.repeat, tell)
+    head = f"shares of {args.tokens} output tokens, {args.repeat} times; middle (least to most)"
+    tail = f"no share is further from its due than {100 * worst(rows):.2f} % of it"
+    return Report(report(path, args.tokens, rows), _COLUMNS, rows, head, tail)
 
 
 def report(path: Path, tokens: int, rows: Sequence[Row]) -> dict[str, object]:
@@ -136,8 +130,8 @@ _COLUMNS: list[Column[Row]] = [
     Column("ERROR %", lambda row: row.error.text(2, 100), right=True, keep=80),
 ]
 
-SPEC = CommandSpec(
-    "bench shares",
+SPEC = benchmark(
+    "shares",
     "tokens of three processes with weights 4, 2 and 1, on the real engine",
     _run,
     _arguments,

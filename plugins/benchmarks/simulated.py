@@ -4,7 +4,6 @@ Not here: the measurements (replay, scale).
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 from kernel.errors import UsageError
 from kernel.policy import POLICIES
 from plugins.benchmarks import replay, scale
-from plugins.benchmarks.progress import Tell, progress
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from plugins.benchmarks.command import Report, benchmark
+from plugins.benchmarks.progress import Tell
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 Row = tuple[str, Mapping[str, float]]
@@ -28,21 +28,13 @@ def _fairness_arguments(parser: Arguments) -> None:
     parser.add("--policy", default="fair", choices=sorted(POLICIES), help="fair")
     parser.add("--served", metavar="FILE", completes=("file",), help="write when each request was answered")
     parser.add("--requests", type=int, default=0, metavar="N", help="the first N only")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _fairness(shell: Shell, args: argparse.Namespace) -> int:
-    served = Path(args.served) if args.served else None
-    with progress(shell.err) as tell:
-        result = replay.fairness(
-            Path(args.trace),
-            _weights(args.weights),
-            args.policy,
-            served,
-            _count(args.requests),
-            _counting(tell),
-        )
-    return _print(shell, args, result, [(args.policy, result)])
+def _fairness(_shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
+    served, limit = Path(args.served) if args.served else None, _count(args.requests)
+    weights = _weights(args.weights)
+    result = replay.fairness(Path(args.trace), weights, args.policy, served, limit, _counting(tell))
+    return _report(result, [(args.policy, result)])
 
 
 def _weights(text: str) -> tuple[float, ...]:
@@ -61,18 +53,16 @@ def _latency_arguments(parser: Arguments) -> None:
         "--requests", type=int, default=replay.LATENCY_REQUESTS, metavar="N", help="the first N; 0: all"
     )
     parser.add("--prefixes", action="store_true", help="share them, as the trace's block hashes say")
-    parser.add("--json", action="store_true", help="one object")
 
 
-def _latency(shell: Shell, args: argparse.Namespace) -> int:
-    with progress(shell.err) as tell:
-        result = replay.latency(
-            Path(args.trace),
-            limit=_count(args.requests),
-            shares_prefixes=args.prefixes,
-            report=_counting(tell),
-        )
-    return _print(shell, args, result, list(result.items()))
+def _latency(_shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
+    result = replay.latency(
+        Path(args.trace),
+        limit=_count(args.requests),
+        shares_prefixes=args.prefixes,
+        report=_counting(tell),
+    )
+    return _report(result, list(result.items()))
 
 
 def _count(requests: int) -> int:
@@ -85,36 +75,25 @@ def _counting(tell: Tell) -> replay.Report:
     return lambda done, of: tell(f"replaying: request {done} of {of}") if done % 20 == 0 else None
 
 
-def _scale_arguments(parser: Arguments) -> None:
-    parser.add("--json", action="store_true", help="one object")
+def _scale(_shell: Shell, _args: argparse.Namespace, tell: Tell) -> Report[Row]:
+    tell("spawning")
+    result = scale.scale()
+    head = f"{result.bytes_per_process:.0f} bytes per queued process"
+    return _report(result.report(), list(result.processes.items()), head)
 
 
-def _scale(shell: Shell, args: argparse.Namespace) -> int:
-    with progress(shell.err) as tell:
-        tell("spawning")
-        result = scale.scale()
-    rows = list(result.processes.items())
-    if not (args.json or shell.json):
-        shell.out.line(f"{result.bytes_per_process:.0f} bytes per queued process")
-    return _print(shell, args, result.report(), rows)
-
-
-def _print(shell: Shell, args: argparse.Namespace, result: object, rows: Sequence[Row]) -> int:
-    if args.json or shell.json:
-        shell.out.line(json.dumps(result))
-        return 0
+def _report(value: object, rows: Sequence[Row], head: str = "") -> Report[Row]:
     names = list(rows[0][1])
     columns: list[Column[Row]] = [Column("", lambda row: row[0], keep=99)]
     columns += [
         Column(name.upper(), lambda row, name=name: f"{row[1][name]:.6g}", right=True, keep=90 - at)  # type: ignore[misc]
         for at, name in enumerate(names)
     ]
-    write_table(shell.out, columns, rows)
-    return 0
+    return Report(value, columns, rows, head)
 
 
-FAIRNESS = CommandSpec(
-    "bench fairness",
+FAIRNESS = benchmark(
+    "fairness",
     "a trace of overload through the scheduler: how evenly clients are served",
     _fairness,
     _fairness_arguments,
@@ -123,8 +102,8 @@ FAIRNESS = CommandSpec(
     "service from 30 s to 360 s, divided by the clients' weights.",
 )
 
-LATENCY = CommandSpec(
-    "bench latency",
+LATENCY = benchmark(
+    "latency",
     "a trace through the scheduler: time to first token and between tokens",
     _latency,
     _latency_arguments,
@@ -132,10 +111,9 @@ LATENCY = CommandSpec(
     notes="Simulated, on an engine that the trace loads to 0.8, under fair, fifo and rr.",
 )
 
-SCALE = CommandSpec(
-    "bench scale",
+SCALE = benchmark(
+    "scale",
     "what a scheduling decision costs with 1,000 to 100,000 processes",
     _scale,
-    _scale_arguments,
-    ("bench scale --json",),
+    examples=("bench scale --json",),
 )

@@ -10,20 +10,28 @@ else uses the machine hardly touches them, but what overlaps counts in full.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from plugins.benchmarks.machine import booted, check_idle, model_argument, model_path, options, random_text
-from plugins.benchmarks.progress import Tell, progress
+from plugins.benchmarks.command import Report, benchmark
+from plugins.benchmarks.machine import (
+    booted,
+    check_idle,
+    device_argument,
+    model_argument,
+    model_path,
+    options,
+    random_text,
+)
+from plugins.benchmarks.progress import Tell
 from plugins.benchmarks.rawside import RawSide
 from plugins.benchmarks.server import Server, server_argument, server_path
 from plugins.benchmarks.sides import Outputs, Round, Sides
 from plugins.benchmarks.spread import Spread
-from shell.registry import Arguments, CommandSpec
-from shell.render import Column, write_table
+from shell.registry import Arguments
+from shell.render import Column
 from shell.session import Shell
 
 AIM = 0.99
@@ -84,6 +92,7 @@ class Job:
     decode: bool = False  # whether decode is measured by itself
     server: Path | None = None
     settings: tuple[str, ...] = ()
+    device: str = ""  # "": as the kernel decides
 
 
 def measure(job: Job, sequences: int, tell: Tell) -> Row:
@@ -92,12 +101,13 @@ def measure(job: Job, sequences: int, tell: Tell) -> Row:
     shared = options(job.path, sequences, window_tokens, job.threads)
     tell(f"throughput: loading for {sequences} sequences")
     with ExitStack() as stack:
-        machine = stack.enter_context(booted(job.path, shared))
-        raw = stack.enter_context(RawSide(job.path, shared))
+        machine = stack.enter_context(booted(job.path, shared, device=job.device))
+        raw = stack.enter_context(RawSide(job.path, shared, machine.on_gpu))
         servers: dict[str, Server] = {}
         if job.server:
             for name in job.settings:
-                servers[name] = stack.enter_context(Server(job.server, job.path, shared, SETTINGS[name]))
+                server = Server(job.server, job.path, shared, machine.on_gpu, SETTINGS[name])
+                servers[name] = stack.enter_context(server)
         sides = Sides(machine, raw, servers, job.decode)
         sides.round(_texts(sequences, WARM_UP[0], "warm-up"), WARM_UP[1], tell)
         rounds = []
@@ -204,6 +214,7 @@ def settings(text: str) -> tuple[str, ...]:
 def _arguments(parser: Arguments) -> None:
     model_argument(parser)
     server_argument(parser)
+    device_argument(parser)
     told = "short: prompts of 64 characters and 128 tokens; long: 1000 and 64, and decode by itself"
     parser.add("--context", choices=sorted(CONTEXTS), default="short", help=told)
     parser.add("--sequences", type=counts, default=(1, 4, 16), metavar="N,N", help="processes; 1,4,16")
@@ -213,7 +224,6 @@ def _arguments(parser: Arguments) -> None:
     parser.add("--repeat", type=positive, default=3, metavar="R", help="rounds; 3")
     told = f"of the server: {', '.join(SETTINGS)}; default,no-flash"
     parser.add("--settings", type=settings, default=("default", "no-flash"), metavar="S,S", help=told)
-    parser.add("--json", action="store_true", help="one object")
 
 
 def _job(path: Path, server: Path | None, args: argparse.Namespace) -> Job:
@@ -227,24 +237,21 @@ def _job(path: Path, server: Path | None, args: argparse.Namespace) -> Job:
         args.context == "long",
         server,
         args.settings,
+        args.device,
     )
 
 
-def _run(shell: Shell, args: argparse.Namespace) -> int:
+def _run(shell: Shell, args: argparse.Namespace, tell: Tell) -> Report[Row]:
     check_idle(shell)
     server = server_path(args.server)
-    with progress(shell.err) as tell:
-        path = model_path(shell, args.model, tell)
-        job = _job(path, server, args)
-        rows = [measure(job, sequences, tell) for sequences in args.sequences]
-    if args.json or shell.json:
-        shell.out.line(json.dumps(report(job, rows)))
-        return 0
+    path = model_path(shell, args.model, tell)
+    job = _job(path, server, args)
+    rows = [measure(job, sequences, tell) for sequences in args.sequences]
     lengths = f"{job.prompt_characters} characters + {job.output_tokens} tokens"
-    shell.out.line(f"output tokens/s on {job.path.name}, {lengths} each; ratios are LLMOS to the other")
+    head = f"output tokens/s on {job.path.name}, {lengths} each; ratios are LLMOS to the other"
     columns = _COLUMNS + (_SERVER_COLUMNS if job.server else [])
-    write_table(shell.out, [c for c in columns if job.decode or "DECODE" not in c.header], rows)
-    return 0
+    columns = [c for c in columns if job.decode or "DECODE" not in c.header]
+    return Report(report(job, rows), columns, rows, head)
 
 
 def report(job: Job, rows: Sequence[Row]) -> dict[str, object]:
@@ -296,8 +303,8 @@ _SERVER_COLUMNS: list[Column[Row]] = [
     Column("SETTINGS", _server(lambda best: best.settings), keep=40),
 ]
 
-SPEC = CommandSpec(
-    "bench throughput",
+SPEC = benchmark(
+    "throughput",
     "tokens/s of N processes, as a ratio to a bare loop and to llama.cpp's server",
     _run,
     _arguments,

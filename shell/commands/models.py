@@ -80,8 +80,8 @@ def _load_model(shell: Shell, args: Namespace) -> int:
 def _dry_run(shell: Shell, args: Namespace) -> int:
     """The estimate from the header, and beside it what the native library's own dry run says."""
     options = EngineOptions(args.ctx, args.seats, args.threads)
-    info, expected = shell.system.inspect(args.model, options)
-    confirmed = shell.system.confirm(args.model, options)
+    info, expected = shell.system.inspect(args.model, options, args.device)
+    confirmed = shell.system.confirm(args.model, options, args.device)
     fits = fit_of(info, confirmed, shell.system.snapshot())
     columns = {"estimate": sizes_of(expected), "dry_run": sizes_of(confirmed)}
     if args.json or shell.json:
@@ -159,7 +159,7 @@ def _loaded(view: ModelView, seconds: float) -> str:
 
 def _unload_arguments(parser: Arguments) -> None:
     parser.add("model", nargs="?", metavar="MODEL", completes=("model",))
-    parser.add("--all", action="store_true", help="every model that is not in use; 1 if one is")
+    parser.add("--all", action="store_true", help="every model that is not in use or pinned; 1 if one is")
 
 
 def _unload(shell: Shell, args: Namespace) -> int:
@@ -290,7 +290,7 @@ SPECS = (
         _pin,
         _pin_arguments,
         ("pin nano",),
-        notes="Without a pin, an idle model goes when another needs its memory.",
+        notes="Without a pin, an idle model goes when another needs its memory, and at `unload`.",
         group="models",
     ),
     CommandSpec("unpin", "take a pin back", _unpin, _pin_arguments, ("unpin nano",), group="models"),

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _DRAW_S = 0.1
 _RATE_S = 5.0  # what a rate is measured over
-_GPU_KINDS = {"gguf": ("metal",), "safetensors": ("cuda",), "sim": ("sim",)}  # that run a format
+_GPU_KINDS = {"gguf": ("metal", "cuda"), "safetensors": ("cuda",), "sim": ("sim",)}  # that run a format
 _YES = ("y", "yes")
 
 Progress = Callable[[str, int, int], None]  # file, bytes here, bytes in all
