@@ -99,9 +99,12 @@ class Admission:
             raise self._refusal(model, asks, ahead, "the process")
 
     def enter(self, process: Process) -> None:
-        """Let a process run, or have it wait: after its spawn, and after each stop and sleep."""
-        model = self.kernel.models[process.model]
-        ticket = self._of_pid.get(process.pid) or self._ticket(model, process, waits=process.spec.wait)
+        """Let a process run, or have it wait: after its spawn, and after each stop and sleep.
+
+        Only a newcomer can be refused: who has run and finds his model gone has work to lose.
+        """
+        model, waits = self.kernel.models[process.model], process.spec.wait or process.admitted
+        ticket = self._of_pid.get(process.pid) or self._ticket(model, process, waits=waits)
         asks = self._asks(model, ticket.needs)
         if not process.admitted:
             model.usage.count(self.kernel.clock.now_s())
@@ -114,7 +117,7 @@ class Admission:
         process.state, process.waits_for = State.NEW, self._waits_for(asks, model)
         if ahead is None and asks:
             self.settle()
-        if ticket in self.line and not process.spec.wait and not ticket.room_coming:
+        if ticket in self.line and not waits and not ticket.room_coming:
             refused = self._refusal(model, asks, ahead, "the process")
             self.kernel.ended(process, refused.exit_code, refused)
 
