@@ -12,6 +12,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from shell_kit import Session
+from simkernel import SimSystem
+
 from kernel import journal
 from kernel.orphans import read, sweep
 from kernel.process import ProcessSpec
@@ -49,6 +52,45 @@ def test_who_was_killed_stays_killed(tmp_path: Path) -> None:
     subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=False)
     assert len(out.read_text().splitlines()) < 400
     assert orphans() == 0
+
+
+def test_output_files_that_were_removed_or_emptied_meanwhile_are_whole_in_the_end(tmp_path: Path) -> None:
+    removed, emptied, expected = tmp_path / "removed", tmp_path / "emptied", tmp_path / "expected"
+    emptied.write_text("what was there before\n")
+    subprocess.run([*LLMOS, "-c", job(REQUESTS, expected)], check=True, timeout=60, capture_output=True)
+    appended = job(REQUESTS, emptied).replace(" > ", " >> ")
+    assert killed_after(["-c", f"{job(REQUESTS, removed)} & {appended} & sleep 20"], 1.5)
+    removed.unlink()
+    emptied.write_text("")
+    subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=True)
+    assert removed.read_bytes() == emptied.read_bytes() == expected.read_bytes()
+    assert orphans() == 0
+
+
+def test_who_comes_second_to_resume_a_process_leaves_its_file_alone(tmp_path: Path) -> None:
+    out, gone = tmp_path / "out", tmp_path / "no-such-folder" / "out"
+    first = SimSystem(folder=tmp_path)
+    for file in (out, gone):
+        sink = json.dumps({"path": str(file), "offset": 0})
+        first.system.spawn(ProcessSpec("m", ("go on",), max_tokens=50, sink=sink, command=f"run m > {file}"))
+    first.run_until(20)
+    assert first.kernel.recovery.journal is not None and first.kernel.recovery.journal.flush()
+    first.system.freeze()
+    first.system.shutdown()
+    second, third = SimSystem(folder=tmp_path), SimSystem(folder=tmp_path)
+    left = second.system.orphans()
+    third.system.resume(left[0])
+    out.write_text("what the third wrote\n")
+    second.system.orphans = lambda: left  # type: ignore[method-assign]  # as it was a moment ago
+    status, _, said = Session(second.system, terminal=False, environment={}).script("resume")
+    assert status == 1 and out.read_text() == "what the third wrote\n"
+    assert (
+        "error: 2, `run m > " in said and "process 2 of an earlier LLMOS is being continued elsewhere" in said
+    )
+    assert "error: 3, `run m > " in said and f"{gone}: No such file or directory" in said
+    assert "--forget" in said
+    for sim in (second, third):
+        sim.system.shutdown()
 
 
 def test_a_clean_end_leaves_nothing_to_resume(tmp_path: Path, llmos_home: Path) -> None:
