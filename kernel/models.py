@@ -98,6 +98,7 @@ class Model:
     contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
     users: int = 0  # processes that need it and have not ended
     progress: float = 0.0
+    digest: str = ""  # of the file it was first opened from
     wanted: bool = False  # by a `load`, not only by the process that needs it
     opened_s: float = 0.0  # when it was loaded last
     pinned: bool = False  # not evicted, though nothing runs on it

@@ -221,7 +221,7 @@ class Recovery:
         with self.kernel.table.lock:
             process = self.kernel.table.alive(pid)
             model = self.kernel.models[process.model]
-        digest = checkpoint.model_digest(model.info.path)
+        digest = model.digest or checkpoint.model_digest(model.info.path)
         return self.kernel.on_dispatcher(model, lambda: self._take(process, model, digest))
 
     def _take(self, process: Process, model: Model, digest: str, *, kv: bool = True) -> "Checkpoint":
