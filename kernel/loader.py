@@ -89,7 +89,7 @@ class Loader:
 
     @staticmethod
     def _identify(model: Model) -> None:
-        """Processes have tokens of one file: another in its place is not opened for them. Raises ModelInvalid."""
+        """Its processes have tokens of one file: another is not opened for them. Raises ModelInvalid."""
         from kernel.checkpoint import model_digest  # deferred: hashing
 
         digest = ""

@@ -100,6 +100,7 @@ def _run(options: argparse.Namespace) -> int:
         return _serve(machine, options, script)
     finally:
         machine.system.shutdown()
+        machine.shell.tell_alerts()
 
 
 def _greet(machine: "Machine") -> None:

@@ -90,7 +90,7 @@ class Reopened:
 
 
 def reopen_sink(description: str) -> Reopened | None:
-    """Nothing is changed in the file; one that is gone is made anew. Raises LlmosError if it cannot be opened."""
+    """Nothing in the file is changed; one that is gone is made anew. Raises LlmosError (cannot be opened)."""
     if not description:
         return None
     where = json.loads(description)
