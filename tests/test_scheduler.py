@@ -265,6 +265,7 @@ def test_why_tells_how_far_a_prompt_is_and_whose_turn_it_is() -> None:
     third = sim.spawn(nice=5)
     for _ in range(400):
         sim.dispatcher.advance()
+    sim.clock.sleep(10.0)  # its rate of old is over
     assert "It waits for its turn, under the policy priority." in sim.system.why(long)[0]
     assert "the one with the lowest nice value is next" in sim.system.why(third)[0]
     assert not any("is due" in line for line in sim.system.why(long))  # not by weight
