@@ -39,7 +39,17 @@ from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.kernel import Kernel, Parts
 from kernel.process import ProcessSpec
 from kernel.syscall import Syscalls
-from plugins.benchmarks.trace import WINDOW_S, Gap, Meter, Request, Served, gap, read_trace, write_served
+from plugins.benchmarks.trace import (
+    WINDOW_S,
+    Gap,
+    Meter,
+    Request,
+    Served,
+    check_writable,
+    gap,
+    read_trace,
+    write_served,
+)
 
 POOL_TOKENS = 10_000
 UNITS_PER_S = 1350.0
@@ -308,6 +318,8 @@ def fairness(
     if weights and len(weights) != len(clients):
         raise UsageError(f"{len(weights)} weights for {len(clients)} clients")
     by_client = dict(zip(clients, weights or [1.0] * len(clients), strict=True))
+    if served is not None:
+        check_writable(served)
     done = Replay(requests, overloaded_engine(requests), policy, by_client).run(report)
     if served is not None:
         write_served(served, done.served)
