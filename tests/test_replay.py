@@ -163,7 +163,15 @@ def test_where_the_answers_go_is_looked_at_before_the_work(tmp_path: Path) -> No
     told: list[int] = []
     with pytest.raises(LlmosError, match="cannot write"):
         fairness(tmp_path / "t.csv", served=tmp_path / "no" / "x", report=lambda done, of: told.append(done))
-    assert not told
+    with pytest.raises(UsageError, match="would replace the trace"):
+        fairness(tmp_path / "t.csv", served=tmp_path / "t.csv")
+    assert not told and (tmp_path / "t.csv").read_text() == HEAD
+
+
+def test_requests_that_all_arrive_at_once_load_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(HEAD + "0,b,5,5\n")
+    with pytest.raises(UsageError, match="all 2 requests arrive at once"):
+        latency(tmp_path / "t.csv")
 
 
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
