@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -586,3 +587,13 @@ def test_save_all_makes_its_folder_and_says_what_is_in_the_way(shell: Session) -
     assert "file: not a folder" in shell.line("save --all file")[2]
     assert "No such file" in shell.line("save --all deep/er")[2]
     shell.line("kill %1")
+
+
+def test_a_load_that_was_given_up_has_not_failed(shell: Session) -> None:
+    shell.line("run slow-load hi &")
+    assert shell.line("kill %1")[0] == 0
+    until, state = time.monotonic() + 20, "loading"
+    while state == "loading" and time.monotonic() < until:
+        (row,) = [row for row in json.loads(shell.line("models --json")[1]) if row["name"] == "slow-load"]
+        state = row["state"]
+    assert (state, row["error"]) == ("disk", "")
