@@ -351,7 +351,11 @@ class Admission:
         if refused is None:
             what = "others wait for it already" if ahead else f"{model.name} takes nobody new just now"
             return AdmissionRefused(f"{who} would have to wait: {what}", "`--wait` waits for its turn")
-        return AdmissionRefused(refused.message, "; ".join(filter(None, (refused.hint, "`--wait` waits"))))
+        pinned = ", ".join(m.name for m in self.kernel.models.values() if m.pinned and m.device.pool in asks)
+        kept = f"pinned are {pinned}: `unpin` lets them make room" if pinned else ""
+        return AdmissionRefused(
+            refused.message, "; ".join(filter(None, (refused.hint, kept, "`--wait` waits")))
+        )
 
     def _waits_for(self, asks: Asks, model: Model) -> str:
         if not asks:

@@ -79,6 +79,7 @@ def test_an_idle_model_makes_room_and_a_pinned_one_does_not() -> None:
     with pytest.raises(AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free") as e:
         sim.system.load("d")
     assert "held by" in e.value.hint and "--wait" in e.value.hint and states(sim)["d"] == "disk"
+    assert "pinned are a, c: `unpin` lets them make room" in e.value.hint
     sim.system.pin("a", False)
     sim.system.load("d")
     assert loaded(sim) == "cd"
