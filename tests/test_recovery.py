@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -27,16 +26,14 @@ def job(lines: Path, out: Path) -> str:
     return f"run nano --lines --temp 0.9 --seed 3 -f {lines} > {out}"
 
 
-def killed_after(words: list[str], delay_s: float) -> bool:
-    """Start LLMOS, and kill it after a while; False if it had ended by then."""
+def killed_once(words: list[str], file: Path) -> None:
+    """Start LLMOS, and kill it as soon as there is something in a file."""
     child = subprocess.Popen([*LLMOS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        child.wait(delay_s)
-        return False
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        return True
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (file.exists() and file.stat().st_size):
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
 
 
 def orphans() -> int:
@@ -46,8 +43,9 @@ def orphans() -> int:
 
 def test_who_was_killed_stays_killed(tmp_path: Path) -> None:
     """Killed by its user, and not yet reaped when LLMOS died: its output is completed, it does not go on."""
-    out = tmp_path / "out.txt"
-    assert killed_after(["-c", f"{job(REQUESTS, out)} & sleep 0.5; kill %1; sleep 20"], 2.5)
+    out, ready = tmp_path / "out.txt", tmp_path / "ready"
+    words = f"{job(REQUESTS, out)} & sleep 0.2; kill %1; sleep 0.5; echo yes > {ready}; sleep 20"
+    killed_once(["-c", words], ready)
     assert orphans() == 1
     subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=False)
     assert len(out.read_text().splitlines()) < 400
@@ -59,12 +57,7 @@ def test_output_files_that_were_removed_or_emptied_meanwhile_are_whole_in_the_en
     emptied.write_text("what was there before\n")
     subprocess.run([*LLMOS, "-c", job(REQUESTS, expected)], check=True, timeout=60, capture_output=True)
     appended = job(REQUESTS, emptied).replace(" > ", " >> ")
-    child = subprocess.Popen([*LLMOS, "-c", f"{job(REQUESTS, removed)} & {appended} & sleep 20"])
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (removed.exists() and removed.stat().st_size):
-        time.sleep(0.01)
-    child.kill()
-    child.wait()
+    killed_once(["-c", f"{job(REQUESTS, removed)} & {appended} & sleep 20"], removed)
     removed.unlink()
     emptied.write_text("")
     subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=True)
