@@ -131,9 +131,14 @@ class Journal:
 
     def _is_there(self) -> bool:
         """Whether `resume` would find what was written: a file that was removed can be written to."""
-        if not self._removed and not self.file.exists():
+        try:
+            self.file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not self._removed:
+                self._failed(f"{self.file} was removed: a crash would lose what runs")
             self._removed = True
-            self._failed(f"{self.file} was removed: a crash would lose what runs")
+        except OSError:  # who knows
+            pass
         return not self._removed
 
     def freeze(self) -> None:
