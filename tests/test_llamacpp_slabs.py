@@ -9,7 +9,7 @@ from ggufs import GREEDY, open_quietly, run, solo, steps, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.llamacpp import calibrate, layout
+from drivers.llamacpp import layout
 from drivers.llamacpp.budget import Budget, Use, classes
 from drivers.llamacpp.calibrate import Costs
 from drivers.llamacpp.curve import Curve
@@ -393,6 +393,8 @@ def test_a_machine_that_is_busy_for_a_moment_leaves_no_hole_in_the_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ended the load, and all who waited for it, with `KeyError: 4`."""
+    from drivers.llamacpp import calibrate
+
     real, passes = calibrate._pass_s, 0
 
     def disturbed(slab: Slab, sequences: int, tokens: int) -> float:

@@ -67,10 +67,7 @@ def measure_more(slab: Slab, curve: Curve) -> None:
 
 
 def _first_round(slab: Slab) -> dict[int, float]:
-    """The whole curve once: what disturbs a measurement for a while disturbs all of its points.
-
-    It decides which points there are: a machine that is busy later on must not leave one out.
-    """
+    """The whole curve once: what disturbs a measurement for a while disturbs all of its points."""
     points: dict[int, float] = {}
     for count in _counts(slab.seats):
         if count > 2 and max(points.values()) > BUDGET_S:
