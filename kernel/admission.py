@@ -100,9 +100,12 @@ class Admission:
             raise self._refusal(model, asks, ahead, "the process")
 
     def enter(self, process: Process) -> None:
-        """Let a process run, or have it wait: after its spawn, and after each stop and sleep."""
-        model = self.kernel.models[process.model]
-        ticket = self._of_pid.get(process.pid) or self._ticket(model, process, waits=process.spec.wait)
+        """Let a process run, or have it wait: after its spawn, and after each stop and sleep.
+
+        Only a newcomer can be refused: who has run and finds his model gone has work to lose.
+        """
+        model, waits = self.kernel.models[process.model], process.spec.wait or process.admitted
+        ticket = self._of_pid.get(process.pid) or self._ticket(model, process, waits=waits)
         asks = self._asks(model, ticket.needs)
         if not process.admitted:
             model.usage.count(self.kernel.clock.now_s())
@@ -115,7 +118,7 @@ class Admission:
         process.state, process.waits_for = State.NEW, self._waits_for(asks, model)
         if ahead is None and asks:
             self.settle()
-        if ticket in self.line and not process.spec.wait and not ticket.room_coming:
+        if ticket in self.line and not waits and not ticket.room_coming:
             refused = self._refusal(model, asks, ahead, "the process")
             self.kernel.ended(process, refused.exit_code, refused)
 
@@ -349,7 +352,11 @@ class Admission:
         if refused is None:
             what = "others wait for it already" if ahead else f"{model.name} takes nobody new just now"
             return AdmissionRefused(f"{who} would have to wait: {what}", "`--wait` waits for its turn")
-        return AdmissionRefused(refused.message, "; ".join(filter(None, (refused.hint, "`--wait` waits"))))
+        pinned = ", ".join(m.name for m in self.kernel.models.values() if m.pinned and m.device.pool in asks)
+        kept = f"pinned are {pinned}: `unpin` lets them make room" if pinned else ""
+        return AdmissionRefused(
+            refused.message, "; ".join(filter(None, (refused.hint, kept, "`--wait` waits")))
+        )
 
     def _waits_for(self, asks: Asks, model: Model) -> str:
         if not asks:

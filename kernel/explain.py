@@ -6,6 +6,13 @@ Lock: the process table's, held by the caller.
 from kernel.models import Model
 from kernel.process import Process, Signal, State
 
+_NEXT = {  # under each policy, who gets a seat
+    "fair": "the one with the earliest deadline is next: `renice` moves it up",
+    "fifo": "who came first is next",
+    "rr": "who has waited longest is next",
+    "priority": "the one with the lowest nice value is next: `renice` moves it up",
+}
+
 
 def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, ...]:
     """Sentences, the most important first."""
@@ -26,10 +33,32 @@ def explain(process: Process, model: Model | None, now_s: float) -> tuple[str, .
     if all(thread.seat is None for thread in process.threads):
         return (_no_seat(model), *_share(process, model))
     return (
-        f"It runs: {rate_of(process, now_s):.0f} output tokens/s now.",
+        *_at_work(process, model, now_s),
         *_share(process, model),
         *_failures(process),
     )
+
+
+def _at_work(process: Process, model: Model, now_s: float) -> tuple[str, ...]:
+    """With a seat: it draws, computes what it has to know before, or another has the turn."""
+    rate, reads = rate_of(process, now_s), _reads(process)
+    if rate >= 0.5 or (process.state is State.RUNNING and not reads):
+        return (f"It runs: {rate:.0f} output tokens/s now.", *reads)
+    if process.state is State.RUNNING:
+        return reads
+    return (f"It waits for its turn, under the policy {model.queue.policy.name}.", *reads)
+
+
+def _reads(process: Process) -> tuple[str, ...]:
+    """How far it is with its prompt, if that is not computed yet."""
+    begun = [thread for thread in process.threads if thread.prefilling]
+    if not begun:
+        return ()
+    what = "its prompt" if len(process.threads) == 1 else f"{len(begun)} prompts"
+    if any(len(thread.tokens) > thread.prompt_length for thread in begun):
+        what = "again what it has read and said"
+    done, known = sum(t.computed for t in begun), sum(len(t.tokens) for t in begun)
+    return (f"It computes {what}: {done} of {known} tokens are done.",)
 
 
 def rate_of(process: Process, now_s: float) -> float:
@@ -64,7 +93,7 @@ def _no_seat(model: Model) -> str:
     waiting = model.users - sum(seat is not None for seat in model.seats)
     return (
         f"It waits for one of the {len(model.seats)} seats of {model.name}; {waiting} processes wait, and "
-        "the one with the earliest deadline is next: `renice` moves it up."
+        f"{_NEXT[model.queue.policy.name]}."
     )
 
 
@@ -75,7 +104,7 @@ def _share(process: Process, model: Model | None) -> tuple[str, ...]:
     members = [thread for thread in process.threads if thread in model.queue]
     due = process.share_due + sum(model.queue.due(thread) for thread in members)
     lines = [f"Since it started it received {process.share_received:.0f} of {due:.0f} service units due."]
-    if members:
+    if members and model.queue.policy.grouped:
         part = sum(thread.weight for thread in members) / model.queue.weight
         lines.append(f"Nice {process.nice} is due {part:.1%} of {model.name}'s service now.")
     return tuple(lines)

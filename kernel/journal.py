@@ -80,6 +80,7 @@ class Journal:
         self._ailing = False  # guarded by _writing
         self._closed = False  # guarded by _changed
         self._frozen = False
+        self._removed = False  # guarded by _writing
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         try:
             self._database = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
@@ -109,7 +110,7 @@ class Journal:
 
     def mark(self, process: Process) -> None:
         """A process has new tokens, ended, or was reaped. Called with the table's lock held."""
-        if self._frozen:
+        if self._frozen or self._removed:
             return
         with self._changed:
             if not self._dirty:
@@ -124,10 +125,22 @@ class Journal:
             with self._table_lock:
                 rows = [self._row(process) for process in dirty]
             if self._frozen or self._written(rows):
-                return True
+                return self._frozen or self._is_there()
             with self._changed:  # for the next time: the disk may have room then
                 self._dirty = dict.fromkeys(dirty) | self._dirty
             return False
+
+    def _is_there(self) -> bool:
+        """Whether `resume` would find what was written: a file that was removed can be written to."""
+        try:
+            self.file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            if not self._removed:
+                self._failed(f"{self.file} was removed: a crash would lose what runs")
+            self._removed = True
+        except OSError:  # who knows
+            pass
+        return not self._removed
 
     def freeze(self) -> None:
         """Write nothing more, and keep the file: what runs now is to be found by `resume`.
@@ -164,7 +177,8 @@ class Journal:
             self._ailing = False
         except (sqlite3.Error, MemoryError) as error:
             if not self._ailing:
-                self._failed(f"the journal cannot be written: {error or 'out of memory'}")
+                why = error or "out of memory"
+                self._failed(f"the journal cannot be written: {why}: a crash would lose what runs")
             self._ailing = True
 
     def _written(self, rows: list[_Row]) -> bool:

@@ -60,6 +60,7 @@ class Parts:
     resources: Resources = field(default_factory=Resources)
     checkpoints: Path | None = None  # the folder that USR1 writes to
     record: Path | None = None  # where every scheduling decision is written
+    alert: Callable[[str], None] | None = None  # tells a person what cannot be kept, from any thread
 
 
 class Kernel:
@@ -96,7 +97,7 @@ class Kernel:
     def _recorder(self, path: Path) -> "Recorder":
         from kernel.record import Recorder  # deferred: few sessions are recorded
 
-        return Recorder(path, self.clock, lambda text: self.log("error", "record", text))
+        return Recorder(path, self.clock, lambda text: self.alert("record", text))
 
     def _add_device(self, driver: Driver, device: DeviceInfo) -> None:
         if device.name in self.dispatchers:
@@ -178,6 +179,12 @@ class Kernel:
         line = LogView(self.clock.now_s() - self.booted_s, level, source, text)
         self.log_lines.append(line)
         self.publish("log", level=level, source=source, text=text)
+
+    def alert(self, source: str, text: str) -> None:
+        """A promise cannot be kept from now on: not for the log only. From any thread."""
+        self.log("error", source, text)
+        if self.parts.alert is not None:
+            self.parts.alert(text)
 
     def publish(self, topic: str, **body: str | int | None) -> None:
         self.bus.publish(Message("state", topic, self.clock.wall_s(), body))

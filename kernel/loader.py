@@ -4,13 +4,14 @@ Owner: the kernel. Lock: the process table's, never held while a driver loads.
 Not here: which file a name means (the catalog), when there is room (admission), what follows (residency).
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 
 from kernel.clock import Clock
 from kernel.config import KernelConfig
 from kernel.device import EngineHost
-from kernel.errors import AdmissionRefused, Interrupted, KernelFault, LlmosError
+from kernel.errors import AdmissionRefused, Interrupted, KernelFault, LlmosError, ModelInvalid
 from kernel.models import Model
 
 Log = Callable[[str, str, str], None]  # level, source, text
@@ -67,6 +68,7 @@ class Loader:
         host, error = None, None
         began_s = self.clock.now_s()
         try:
+            self._identify(model)
             host = model.driver.open(
                 model.info,
                 model.device,
@@ -84,6 +86,21 @@ class Loader:
         if error is not None and host is not None:
             host.shutdown()
         self.done(model, host if error is None else None, error)
+
+    @staticmethod
+    def _identify(model: Model) -> None:
+        """Its processes have tokens of one file: another is not opened for them. Raises ModelInvalid."""
+        from kernel.checkpoint import model_digest  # deferred: hashing
+
+        digest = ""
+        with contextlib.suppress(LlmosError):  # the driver says it better
+            digest = model_digest(model.info.path)
+        if digest and digest != (model.digest or digest):
+            raise ModelInvalid(
+                f"{model.info.path} is not the file any more that {model.name} was loaded from",
+                f"`load {model.name}` loads what is there now",
+            )
+        model.digest = model.digest or digest
 
     @staticmethod
     def _progress(model: Model, fraction: float) -> bool:

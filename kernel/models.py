@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kernel.device import DeviceInfo, Driver, EngineHost, EngineOptions, Estimate, ModelInfo
-from kernel.errors import LlmosError
+from kernel.errors import Interrupted, LlmosError
 from kernel.process import Thread
 from kernel.runqueue import RunQueue
 from kernel.snapshot import ModelView
@@ -99,6 +99,7 @@ class Model:
     contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
     users: int = 0  # processes that need it and have not ended
     progress: float = 0.0
+    digest: str = ""  # of the file it was first opened from
     wanted: bool = False  # by a `load`, not only by the process that needs it
     opened_s: float = 0.0  # when it was loaded last
     pinned: bool = False  # not evicted, though nothing runs on it
@@ -164,17 +165,18 @@ class Model:
         return max(costs[size] / size, 1e-9)
 
     def view(self) -> ModelView:
-        host = self.host
+        host, error = self.host, self.error.message if self.error else ""
+        given_up = self.state is ModelState.FAILED and isinstance(self.error, Interrupted)
         return ModelView(
             name=self.name,
             path=str(self.info.path),
-            state=self.state.value,
+            state="disk" if given_up else self.state.value,
             device=self.device.name,
             processes=self.users,
             load_progress=self.progress,
             restarts=len(self.restarts_s),
             worker_pid=getattr(host, "pid", None),
-            error=self.error.message if self.error else "",
+            error="" if given_up else error,
             info=self.info,
             engine=host.info if host else None,
             description=self.description,

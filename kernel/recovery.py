@@ -104,12 +104,13 @@ class Recovery:
                 self.journal = Journal(folder, self.kernel.table.lock, self._journal_ails)
         except (OSError, sqlite3.Error, RuntimeError) as error:
             self._journal_failed = True
-            self.kernel.log("warn", "journal", f"no journal: {error}: a crash would lose what runs")
+            why = getattr(error, "strerror", None) or error
+            self._journal_ails(f"no journal in {folder}: {why}: a crash would lose what runs")
             return
         self.journal.spawned(process, model.info.path, uid)
 
     def _journal_ails(self, text: str) -> None:
-        self.kernel.log("error", "journal", text)
+        self.kernel.alert("journal", text)
 
     def orphans(self) -> "tuple[Orphan, ...]":
         if self.kernel.parts.journal is None or not os.access(self.kernel.parts.journal, os.R_OK | os.X_OK):
@@ -223,7 +224,7 @@ class Recovery:
         with self.kernel.table.lock:
             process = self.kernel.table.alive(pid)
             model = self.kernel.models[process.model]
-        digest = checkpoint.model_digest(model.info.path)
+        digest = model.digest or checkpoint.model_digest(model.info.path)
         return self.kernel.on_dispatcher(model, lambda: self._take(process, model, digest))
 
     def _take(self, process: Process, model: Model, digest: str, *, kv: bool = True) -> "Checkpoint":

@@ -49,6 +49,24 @@ class ProcessView:
     gpus: float = 0.0
     mem_bytes: int = 0
 
+    @property
+    def letter(self) -> str:
+        """Its state: R also between two turns, Q for one that waits for memory, a model or a seat on it."""
+        if self.state == "RUNNABLE" and self.waits_for:
+            return "Q"
+        return _LETTERS.get(self.state, "?")
+
+
+_LETTERS = {
+    "NEW": "Q",
+    "RUNNABLE": "R",
+    "RUNNING": "R",
+    "SLEEPING": "S",
+    "STOPPED": "T",
+    "SWAPPED": "W",
+    "ZOMBIE": "Z",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelView:

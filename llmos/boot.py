@@ -73,6 +73,7 @@ def boot(
             ram_resident=_ram_resident(),
             checkpoints=paths.checkpoints,
             record=record,
+            alert=lambda text: shell.alert(text),
         )
     )
     system = Syscalls(kernel)

@@ -75,9 +75,11 @@ def main(argv: list[str] | None = None) -> int:
 def _unwind_on_signals(machine: "Machine") -> None:
     """Told to go: leave the terminal as it was, and what runs in the journal, for `resume`."""
 
+    from shell.interrupts import ToldToGo
+
     def leave(number: int, _: object) -> None:
         machine.system.freeze()
-        raise SystemExit(128 + number)
+        raise ToldToGo(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
@@ -100,6 +102,7 @@ def _run(options: argparse.Namespace) -> int:
         return _serve(machine, options, script)
     finally:
         machine.system.shutdown()
+        machine.shell.tell_alerts()
 
 
 def _greet(machine: "Machine") -> None:

@@ -14,6 +14,7 @@ from shell import jobs
 from shell.expand import expand_word, expand_words
 from shell.files import open_file
 from shell.help import command_help
+from shell.interrupts import ToldToGo
 from shell.lexer import quote
 from shell.parser import parse
 from shell.registry import CommandSpec, PluginFailed, describe, place_of
@@ -83,7 +84,7 @@ def _run_plugin(shell: Shell, spec: CommandSpec, args: Namespace) -> int:
     try:
         with shell.interrupts.raised():
             status: object = spec.run(shell, args)
-    except (LlmosError, BrokenPipeError, Exit):
+    except (LlmosError, BrokenPipeError, Exit, ToldToGo):
         raise
     except (Exception, SystemExit) as error:
         shell.report_internal(error, f"plugin {spec.name}: {place_of(error)}{describe(error)}")

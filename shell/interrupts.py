@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class ToldToGo(SystemExit):
+    """SIGTERM, SIGHUP: unlike the `SystemExit` of a plugin's code it passes through everything."""
+
+
 class Interrupts:
     """The signals of one session."""
 

@@ -282,7 +282,8 @@ def finish(
 
 
 def notices(shell: Shell) -> None:
-    """Before a prompt: tell of background jobs that have ended, and show what they said."""
+    """Before a prompt: tell of what went wrong, and of background jobs that have ended: what they said."""
+    shell.tell_alerts()
     for job in shell.jobs:
         if shell.system.process(job.pid).state == "ZOMBIE":
             conclude(shell, job)

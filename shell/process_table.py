@@ -9,15 +9,6 @@ from kernel.units import short_bytes, short_time
 from shell.render import Column, bar, short_count
 from shell.session import Shell
 
-_LETTERS = {
-    "NEW": "Q",
-    "RUNNABLE": "R",
-    "RUNNING": "R",
-    "SLEEPING": "S",
-    "STOPPED": "T",
-    "SWAPPED": "W",
-    "ZOMBIE": "Z",
-}
 _KINDS = {"generate": "gen"}
 _COLOURS = {"R": "green", "T": "yellow", "Z": "dim", "Q": "cyan", "W": "cyan"}
 _FIELDS = tuple(field.name for field in fields(ProcessView))
@@ -38,16 +29,9 @@ _SORTED_AS = {
 }
 
 
-def state_letter(view: ProcessView) -> str:
-    """R also for a process between two turns; Q for one that waits for a model or for a seat on it."""
-    if view.state == "RUNNABLE" and view.waits_for:
-        return "Q"
-    return _LETTERS.get(view.state, view.state[:1])
-
-
 def state_counts(views: Sequence[ProcessView]) -> str:
     """`2R 1Q`: how many are in which state."""
-    letters = [state_letter(view) for view in views]
+    letters = [view.letter for view in views]
     return " ".join(f"{letters.count(letter)}{letter}" for letter in "RQSTWZ" if letter in letters)
 
 
@@ -75,7 +59,7 @@ def _usual_columns(shell: Shell) -> list[Column[ProcessView]]:
     return [
         Column("PID", lambda p: str(p.pid), right=True, keep=99),
         Column("NI", lambda p: str(p.nice), right=True, keep=70),
-        Column("S", state_letter, keep=98, colour=lambda p: _COLOURS.get(state_letter(p), "")),
+        Column("S", lambda p: p.letter, keep=98, colour=lambda p: _COLOURS.get(p.letter, "")),
         Column("KIND", lambda p: _KINDS.get(p.program, p.program), keep=30),
         Column("MODEL", lambda p: p.model, keep=60),
         Column("DEV", lambda p: p.device or "-", keep=20),

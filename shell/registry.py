@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from kernel.errors import CommandNotFound, LlmosError, UsageError
+from shell.interrupts import ToldToGo
 
 if TYPE_CHECKING:
     from shell.session import Shell
@@ -126,6 +127,8 @@ class Entry:
                 self.spec = self.loader()
             except LlmosError as error:
                 raise PluginFailed(f"plugin {self.name}: {error.message}", error.hint) from error
+            except ToldToGo:
+                raise
             except (Exception, SystemExit) as error:
                 hint = "LLMOS_DEBUG=1 shows all of it"
                 raise PluginFailed(f"plugin {self.name}: {place_of(error)}{describe(error)}", hint) from error

@@ -47,7 +47,7 @@ def interact(shell: Shell, history: Path | None) -> int:
     for text in shell.registry.warnings:
         shell.note(f"warning: {text}")
     try:
-        with _terminal_stop_ignored():
+        with _keys_ignored():
             return _loop(shell, session)
     except Exit as leave:
         return leave.code
@@ -197,13 +197,15 @@ async def announce_ends(shell: Shell, own: Callable[[], bool] = lambda: False) -
 
 
 @contextlib.contextmanager
-def _terminal_stop_ignored() -> Iterator[None]:
-    """^Z stops a job, never the shell itself."""
-    before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+def _keys_ignored() -> Iterator[None]:
+    """^Z stops a job, never the shell itself; and a ^C between a command's end and the prompt hits nobody."""
+    stop = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    interrupt = signal.signal(signal.SIGINT, lambda number, frame: None)  # not inherited, as SIG_IGN would be
     try:
         yield
     finally:
-        signal.signal(signal.SIGTSTP, before)
+        signal.signal(signal.SIGTSTP, stop)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 class _Remembered(FileHistory):

@@ -92,6 +92,7 @@ class Shell:
     last_background_pid: int | None = None  # `$!`
     exit_warned: bool = False
     last_traceback: str = ""  # of the last internal error
+    alerts: list[str] = field(default_factory=list)  # for the next prompt
 
     def lookup(self, variable: Variable) -> str:
         """A variable's value, "" where there is none; in a script without a default: raises UsageError."""
@@ -149,6 +150,19 @@ class Shell:
         """Tell the user something that is not data."""
         self.out_line_done()
         self.err.line(text)
+
+    def alert(self, text: str) -> None:
+        """Tell the user of something unasked, from any thread; at a prompt, not into the line being typed."""
+        self.alerts.append(text)
+        if not self.interactive:
+            with suppress(OSError, ValueError):  # nobody reads this any more
+                self.tell_alerts()
+
+    def tell_alerts(self) -> None:
+        """Say what there is to say, once."""
+        while self.alerts:
+            self.out_line_done()
+            self.err.emit(self.err.paint("warning:", "yellow") + f" {one_line(self.alerts.pop(0))}\n")
 
     def remark(self, text: str) -> None:
         """A dim line, cut where the terminal ends: what may be overlooked."""

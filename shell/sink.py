@@ -10,6 +10,7 @@ import json
 import os
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -76,18 +77,31 @@ def sink_of(frame: Frame) -> str:
     return json.dumps({"path": str(Path(frame.target).absolute()), "offset": frame.stdout.tell()})
 
 
-def reopen_sink(description: str) -> tuple[BinaryIO, str] | None:
-    """The file of `sink_of`, cut back to where the job began: its whole output is written again.
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """The file of `sink_of`, as another LLMOS left it."""
 
-    Raises LlmosError if it cannot be opened.
-    """
+    file: BinaryIO
+    path: str
+    offset: int
+
+    def cut_back(self) -> None:
+        """To where the job began: its whole output is written again. Only by who goes on with the job."""
+        offset = min(self.offset, os.fstat(self.file.fileno()).st_size)  # somebody may have emptied it
+        self.file.truncate(offset)
+        self.file.seek(offset)
+
+
+def reopen_sink(description: str) -> Reopened | None:
+    """Nothing in the file is changed; one that is gone is made anew. Raises LlmosError (cannot be opened)."""
     if not description:
         return None
     where = json.loads(description)
     try:
-        file = Path(where["path"]).open("r+b")  # noqa: SIM115
-        file.truncate(where["offset"])
-        file.seek(where["offset"])
+        file = os.fdopen(os.open(where["path"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
     except OSError as error:
         raise LlmosError(f"{where['path']}: {error.strerror or error}") from error
-    return file, where["path"]
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise LlmosError(f"{where['path']}: not a regular file any more")
+    return Reopened(file, where["path"], where["offset"])

@@ -37,6 +37,17 @@ def one_error(done: subprocess.CompletedProcess[bytes], code: int, *words: str) 
         assert word in text
 
 
+def test_a_home_that_is_none_is_told_once_on_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = llmos(
+        "-c", "run nano --temp 0 hello; run nano --temp 0 hello; ps", LLMOS_HOME=str(tmp_path / "file")
+    )
+    assert done.returncode == 0 and b"journal" not in done.stdout
+    assert done.stderr.decode() == (
+        f"warning: no journal in {tmp_path}/file/journal: Not a directory: a crash would lose what runs\n"
+    )
+
+
 def shell(columns: int = 100, **env: str) -> "pexpect.spawn[str]":
     """An interactive shell at its prompt."""
     settings = {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm-256color", "LLMOS_NOHISTORY": "1"}

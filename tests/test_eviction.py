@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -79,6 +80,7 @@ def test_an_idle_model_makes_room_and_a_pinned_one_does_not() -> None:
     with pytest.raises(AdmissionRefused, match=r"d needs 405 MiB on sim0, 405 MiB more than is free") as e:
         sim.system.load("d")
     assert "held by" in e.value.hint and "--wait" in e.value.hint and states(sim)["d"] == "disk"
+    assert "pinned are a, c: `unpin` lets them make room" in e.value.hint
     sim.system.pin("a", False)
     sim.system.load("d")
     assert loaded(sim) == "cd"
@@ -200,6 +202,36 @@ def test_a_stopped_process_gives_its_models_place_up_and_goes_on_with_the_same_t
     sim.system.signal(a, Signal.CONT)
     finish(sim)
     assert sim.output(a) == alone(200)
+
+
+@pytest.mark.parametrize(
+    ("rest", "go_on"),
+    [
+        (
+            lambda system, pid: system.signal(pid, Signal.STOP),
+            lambda system, pid: system.signal(pid, Signal.CONT),
+        ),
+        (Syscalls.swap_out, Syscalls.swap_in),
+    ],
+    ids=["stopped", "swapped"],
+)
+def test_one_that_rested_waits_for_its_model_though_it_was_not_to_wait_at_its_start(
+    rest: Callable[[Syscalls, int], object], go_on: Callable[[Syscalls, int], None]
+) -> None:
+    sim = machine(1)
+    pid = run(sim, "a", 200, wait=False)
+    sim.run_until(60)
+    rest(sim.system, pid)
+    sim.kernel.pump()
+    other = run(sim, "b", 200)
+    sim.run_until(90)
+    assert states(sim)["b"] == "loaded"
+    go_on(sim.system, pid)
+    assert sim.system.process(pid).state == "NEW" and "405 MiB on sim0" in sim.system.why(pid)[0]
+    finish(sim)
+    assert [sim.system.process(each).exit_code for each in (pid, other)] == [0, 0]
+    assert sim.output(pid) == alone(200)
+    sim.kernel.check_integrity()
 
 
 def test_kv_that_cannot_be_saved_is_computed_again() -> None:

@@ -189,6 +189,23 @@ def test_a_dead_worker_is_replaced_and_the_text_goes_on() -> None:
     sim.kernel.check_integrity()
 
 
+def test_a_process_does_not_go_on_with_another_file_of_the_same_name(tmp_path: Path) -> None:
+    sim = SimSystem(
+        {"m": SimModel(mean_tokens=0, faults=SimFaults(die_at_step=30, first_loads=1))}, folder=tmp_path
+    )
+    pid = sim.spawn(max_tokens=80)
+    sim.run_until(5)
+    (tmp_path / "m.sim").write_text("other weights")
+    sim.kernel.pump()
+    view = sim.system.process(pid)
+    assert view.exit_code == 126 and view.output_tokens < 80
+    assert "is not the file any more that m was loaded from" in view.error
+    again = sim.spawn(max_tokens=5)  # whoever comes now gets what is there now
+    sim.kernel.pump()
+    assert sim.system.process(again).exit_code == 0
+    sim.kernel.check_integrity()
+
+
 def test_a_worker_that_dies_again_and_again_is_quarantined() -> None:
     sim = SimSystem({"m": SimModel(mean_tokens=0, faults=SimFaults(die_at_step=1))})
     pid = sim.spawn()

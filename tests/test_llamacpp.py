@@ -1,5 +1,6 @@
 """The llama.cpp engine: the contract of kernel.device.Engine, on the shipped model and random ones."""
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from drivers.llamacpp import rawloop
 from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.engine import LlamaEngine, open_engine
 from drivers.llamacpp.sampler import mix
+from drivers.llamacpp.weights import Weights
 from drivers.llamacpp.writer import Recipe
 from kernel.device import EngineOptions, Prompt, Sampling
 from kernel.errors import (
@@ -21,6 +23,7 @@ from kernel.errors import (
     KernelFault,
     LlmosError,
     ModelInvalid,
+    ModelNotFound,
     UsageError,
 )
 
@@ -533,6 +536,21 @@ def test_a_load_can_be_cancelled_and_tells_how_far_it_is() -> None:
         open_engine(str(NANO), EngineOptions(), None, lambda _: False, lambda _level, _line: None)
     with pytest.raises(ZeroDivisionError):
         open_engine(str(NANO), EngineOptions(), None, lambda _: 1 // 0 == 0, lambda _level, _line: None)
+
+
+def test_a_file_that_goes_while_it_is_loaded_is_one_clear_line(tmp_path: Path) -> None:
+    path = shutil.copy(NANO, tmp_path)
+
+    def gone(fraction: float) -> bool:
+        Path(path).unlink(missing_ok=True)
+        return True
+
+    with pytest.raises(
+        ModelInvalid, match=r"nano.gguf: No such file or directory: it went while it was loaded"
+    ):
+        open_engine(str(path), EngineOptions(sequences=1), None, gone, lambda _level, _line: None)
+    with pytest.raises(ModelNotFound, match=r"nano.gguf: no such file$"):
+        Weights(path, False, lambda _fraction: True)
 
 
 def test_what_cannot_fit_is_refused_before_the_load() -> None:

@@ -389,6 +389,26 @@ def test_classes_end_at_the_window() -> None:
     assert classes(131_072) == (1024, 4096, 16_384, 65_536, 131_072)
 
 
+def test_a_machine_that_is_busy_for_a_moment_leaves_no_hole_in_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the load, and all who waited for it, with `KeyError: 4`."""
+    from drivers.llamacpp import calibrate
+
+    real, passes = calibrate._pass_s, 0
+
+    def disturbed(slab: Slab, sequences: int, tokens: int) -> float:
+        nonlocal passes
+        passes += 1
+        return real(slab, sequences, tokens) + (1.0 if passes in (6, 7) else 0.0)  # in the second round
+
+    monkeypatch.setattr(calibrate, "_pass_s", disturbed)
+    engine = open_quietly(write(tmp_path), EngineOptions(sequences=8, context_tokens=64))
+    assert sorted(engine.info.step_cost_s) == [1, 2, 4, 8]
+    assert max(engine.info.step_cost_s.values()) < 1.0
+    engine.shutdown()
+
+
 def test_a_round_is_divided_where_that_is_cheaper() -> None:
     points = {1: 3.0, 2: 9.0, 4: 12.5, 8: 18.0}
     curve = Curve([points, {size: 2 * cost for size, cost in points.items()}])

@@ -1,6 +1,8 @@
 """Plugins: where they are found, and that none of them can hurt the shell."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,3 +183,19 @@ def test_interrupt_ends_an_import(shell: Session, folder: Path) -> None:
     with interrupted():
         assert shell.line("slow --json; echo not this")[:2] == (130, "")
     assert shell.line("echo alive")[:2] == (0, "alive\n")
+
+
+def test_told_to_go_while_a_plugin_runs_it_goes_quietly(llmos_home: Path) -> None:
+    body = (
+        "import time\nfrom shell.registry import CommandSpec\n"
+        "def run(shell, args):\n    shell.out.line('ready')\n    time.sleep(60)\n    return 0\n"
+        "SPEC = CommandSpec('nap', 'sleeps', run)\n"
+    )
+    (llmos_home / "plugins").mkdir(parents=True)
+    (llmos_home / "plugins" / "nap.py").write_text(body)
+    words = [sys.executable, "-m", "llmos", "-c", "nap; echo no"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        child.terminate()
+        out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err) == (143, b"", b"")

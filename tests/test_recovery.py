@@ -4,13 +4,15 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+from shell_kit import Session
+from simkernel import SimSystem
 
 from kernel import journal
 from kernel.orphans import read, sweep
@@ -24,16 +26,14 @@ def job(lines: Path, out: Path) -> str:
     return f"run nano --lines --temp 0.9 --seed 3 -f {lines} > {out}"
 
 
-def killed_after(words: list[str], delay_s: float) -> bool:
-    """Start LLMOS, and kill it after a while; False if it had ended by then."""
+def killed_once(words: list[str], file: Path) -> None:
+    """Start LLMOS, and kill it as soon as there is something in a file."""
     child = subprocess.Popen([*LLMOS, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        child.wait(delay_s)
-        return False
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        return True
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (file.exists() and file.stat().st_size):
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
 
 
 def orphans() -> int:
@@ -43,12 +43,52 @@ def orphans() -> int:
 
 def test_who_was_killed_stays_killed(tmp_path: Path) -> None:
     """Killed by its user, and not yet reaped when LLMOS died: its output is completed, it does not go on."""
-    out = tmp_path / "out.txt"
-    assert killed_after(["-c", f"{job(REQUESTS, out)} & sleep 0.5; kill %1; sleep 20"], 2.5)
+    out, ready = tmp_path / "out.txt", tmp_path / "ready"
+    words = f"{job(REQUESTS, out)} & sleep 0.2; kill %1; sleep 0.5; echo yes > {ready}; sleep 20"
+    killed_once(["-c", words], ready)
     assert orphans() == 1
     subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=False)
     assert len(out.read_text().splitlines()) < 400
     assert orphans() == 0
+
+
+def test_output_files_that_were_removed_or_emptied_meanwhile_are_whole_in_the_end(tmp_path: Path) -> None:
+    removed, emptied, expected = tmp_path / "removed", tmp_path / "emptied", tmp_path / "expected"
+    emptied.write_text("what was there before\n")
+    subprocess.run([*LLMOS, "-c", job(REQUESTS, expected)], check=True, timeout=60, capture_output=True)
+    appended = job(REQUESTS, emptied).replace(" > ", " >> ")
+    killed_once(["-c", f"{job(REQUESTS, removed)} & {appended} & sleep 20"], removed)
+    removed.unlink()
+    emptied.write_text("")
+    subprocess.run([*LLMOS, "--resume"], timeout=60, capture_output=True, check=True)
+    assert removed.read_bytes() == emptied.read_bytes() == expected.read_bytes()
+    assert orphans() == 0
+
+
+def test_who_comes_second_to_resume_a_process_leaves_its_file_alone(tmp_path: Path) -> None:
+    out, gone = tmp_path / "out", tmp_path / "no-such-folder" / "out"
+    first = SimSystem(folder=tmp_path)
+    for file in (out, gone):
+        sink = json.dumps({"path": str(file), "offset": 0})
+        first.system.spawn(ProcessSpec("m", ("go on",), max_tokens=50, sink=sink, command=f"run m > {file}"))
+    first.run_until(20)
+    assert first.kernel.recovery.journal is not None and first.kernel.recovery.journal.flush()
+    first.system.freeze()
+    first.system.shutdown()
+    second, third = SimSystem(folder=tmp_path), SimSystem(folder=tmp_path)
+    left = second.system.orphans()
+    third.system.resume(left[0])
+    out.write_text("what the third wrote\n")
+    second.system.orphans = lambda: left  # type: ignore[method-assign]  # as it was a moment ago
+    status, _, said = Session(second.system, terminal=False, environment={}).script("resume")
+    assert status == 1 and out.read_text() == "what the third wrote\n"
+    assert (
+        "error: 2, `run m > " in said and "process 2 of an earlier LLMOS is being continued elsewhere" in said
+    )
+    assert "error: 3, `run m > " in said and f"{gone}: No such file or directory" in said
+    assert "--forget" in said
+    for sim in (second, third):
+        sim.system.shutdown()
 
 
 def test_a_clean_end_leaves_nothing_to_resume(tmp_path: Path, llmos_home: Path) -> None:

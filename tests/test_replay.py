@@ -125,6 +125,55 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
         read_trace(trace)
 
 
+HEAD = "arrival_s,client,prompt_tokens,output_tokens\n0,a,5,5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", HEAD + "nan,a,5,5\n"),  # for such an arrival a replay would wait for ever
+        ("t.csv", HEAD + "inf,a,5,5\n"),
+        ("t.csv", HEAD + "-1,a,5,5\n"),
+        ("t.csv", HEAD + "1,a,-5,5\n"),
+        ("t.csv", HEAD + "1,a,5,99999999\n"),
+        ("t.csv", HEAD + "1,a\n"),
+        ("t.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 5}\n{"timestamp": 1}\n'),
+        ("t.jsonl", '{"timestamp": 1, "input_length": 5, "output_length": 5}\n[1]\n'),
+        (
+            "t.jsonl",
+            '{"timestamp": 1, "input_length": 5, "output_length": 5}\n'
+            '{"timestamp": 1, "input_length": 5, "output_length": 2.5}\n',
+        ),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    line = text.count("\n")
+    with pytest.raises(UsageError, match=rf"is not a trace: line {line}: "):
+        read_trace(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("\ufeff" + HEAD, encoding="utf-8")
+    assert read_trace(tmp_path / "t.csv") == [Request(0.0, "a", 5, 5)]
+
+
+def test_where_the_answers_go_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(HEAD)
+    told: list[int] = []
+    with pytest.raises(LlmosError, match="cannot write"):
+        fairness(tmp_path / "t.csv", served=tmp_path / "no" / "x", report=lambda done, of: told.append(done))
+    with pytest.raises(UsageError, match="would replace the trace"):
+        fairness(tmp_path / "t.csv", served=tmp_path / "t.csv")
+    assert not told and (tmp_path / "t.csv").read_text() == HEAD
+
+
+def test_requests_that_all_arrive_at_once_load_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(HEAD + "0,b,5,5\n")
+    with pytest.raises(UsageError, match="all 2 requests arrive at once"):
+        latency(tmp_path / "t.csv")
+
+
 def test_files_that_cannot_be_read_or_written_are_named(tmp_path: Path) -> None:
     with pytest.raises(LlmosError, match="cannot read"):
         read_trace(tmp_path / "none.csv")

@@ -194,7 +194,9 @@ def test_two_llmos_on_one_home_do_not_disturb_each_other(tmp_path: Path, llmos_h
 def test_a_home_that_vanishes_while_it_runs(machine: Machine, tmp_path: Path, llmos_home: Path) -> None:
     say(machine, f"{ENDLESS} sleep 0.2")
     shutil.rmtree(llmos_home)
-    assert say(machine, "run nano --temp 0 'what is running?'") == (0, "ps\n")
+    status, said = say(machine, "run nano --temp 0 'what is running?'; sleep 0.3; dmesg")
+    assert status == 0 and "ps\n" in said
+    assert said.count("warning: ") == 1 and said.count(".db was removed: a crash would lose what runs") == 2
     assert (
         say(machine, "save 2 a.ckpt; kill -USR1 2; load a.ckpt > /dev/null & kill %1 %2; wait || true")[0]
         == 0

@@ -1,5 +1,6 @@
 """The whole kernel on simulated engines, over random schedules: what fairness and signals promise."""
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -244,6 +245,31 @@ def test_policy_can_be_changed_while_processes_run() -> None:
     assert sim.system.snapshot().policy == "fair"
     sim.kernel.pump()
     assert all(sim.system.process(pid).output_tokens == 300 for pid in pids)
+
+
+def test_why_tells_how_far_a_prompt_is_and_whose_turn_it_is() -> None:
+    sim = SimSystem({"m": SimModel(mean_tokens=0, sequences=2, context_tokens=10_000)})
+    long = sim.spawn("word " * 2000)
+    while not sim.system.process(long).context_tokens:
+        assert sim.dispatcher.advance()
+    while "computes its prompt" not in (said := sim.system.why(long)[0]) or ": 0 of" in said:
+        assert sim.dispatcher.advance()
+    done, known = map(int, re.findall(r"\d+", said))
+    assert 0 < done < known == sim.system.process(long).prompt_tokens
+    while not sim.system.process(long).output_tokens:
+        assert sim.dispatcher.advance()
+    assert "It runs: " in sim.system.why(long)[0] and not any(
+        "prompt" in line for line in sim.system.why(long)
+    )
+    sim.system.set_policy("priority")
+    sim.spawn(nice=-5)
+    third = sim.spawn(nice=5)
+    for _ in range(400):
+        sim.dispatcher.advance()
+    sim.clock.sleep(10.0)  # its rate of old is over
+    assert "It waits for its turn, under the policy priority." in sim.system.why(long)[0]
+    assert "the one with the lowest nice value is next" in sim.system.why(third)[0]
+    assert not any("is due" in line for line in sim.system.why(long))  # not by weight
 
 
 def test_an_unknown_policy_is_refused_at_boot() -> None:

@@ -293,6 +293,20 @@ def test_a_script_does_not_wait_for_a_user_that_it_does_not_have(shell: Session)
     assert shell.script("load c.ckpt")[:2] == (0, expected(shell))
 
 
+def test_to_a_loaded_chat_the_lines_of_the_input_are_said(shell: Session) -> None:
+    rest = "\n".join(TURNS[1:]).encode()
+    typed(shell, "chat quick", TURNS[0], "/save c.ckpt", "/bye")
+    shell.shell.interactive = False
+    shell.shell.stdin = io.BytesIO(rest)
+    assert shell.argv("load", "c.ckpt") == (0, expected(shell), "")
+    Path("rest").write_bytes(rest)
+    assert shell.script("load c.ckpt < rest > a & load c.ckpt < rest > b; wait")[0] == 0
+    assert Path("a").read_text() == Path("b").read_text() == expected(shell)
+    status, out, err = shell.script("load c.ckpt")
+    assert (status, out.splitlines()) == (0, expected(shell).splitlines()[:1])
+    assert "ends: nobody talks to it. `load c.ckpt < FILE` says each line of it" in err
+
+
 @pytest.mark.parametrize("line", ["chat quick", "chat quick &", "chat quick < /dev/null", "chat quick > f"])
 def test_nobody_to_talk_to_is_an_error(shell: Session, line: str) -> None:
     status, _, err = shell.script(line)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -286,7 +287,9 @@ def test_a_checkpoint_goes_on(shell: Session) -> None:
     assert status == 0
     assert after > before > 0
     assert Path("b").read_text().startswith(Path("a").read_text().strip("\n"))
-    assert "w.ckpt is a checkpoint" in shell.line("load w.ckpt --dry-run")[2]
+    for option in ("--dry-run", "--ctx 1k", "--seats 2", "--threads 1", "--device cpu"):
+        status, _, err = shell.line(f"load w.ckpt {option}")
+        assert status == 2 and f"w.ckpt is a checkpoint; {option.split()[0]} is for models" in err
 
 
 def test_a_broken_pipe_is_quiet_and_ends_the_process(shell: Session, tmp_path: Path) -> None:
@@ -383,6 +386,9 @@ def test_an_empty_file_and_a_cut_one_are_no_checkpoints(shell: Session) -> None:
     status, _, err = shell.script("load cut.ckpt")
     assert status == 1
     assert "cut.ckpt ends after 5 bytes" in err
+    Path("notes").write_text("to do")
+    status, _, err = shell.script("load notes")
+    assert status == 126 and "notes is neither a model nor a checkpoint" in err
     Path("quick").touch()
     assert shell.script("load quick")[0] == 0  # a model's name comes first
 
@@ -581,3 +587,13 @@ def test_save_all_makes_its_folder_and_says_what_is_in_the_way(shell: Session) -
     assert "file: not a folder" in shell.line("save --all file")[2]
     assert "No such file" in shell.line("save --all deep/er")[2]
     shell.line("kill %1")
+
+
+def test_a_load_that_was_given_up_has_not_failed(shell: Session) -> None:
+    shell.line("run slow-load hi &")
+    assert shell.line("kill %1")[0] == 0
+    until, state = time.monotonic() + 20, "loading"
+    while state == "loading" and time.monotonic() < until:
+        (row,) = [row for row in json.loads(shell.line("models --json")[1]) if row["name"] == "slow-load"]
+        state = row["state"]
+    assert (state, row["error"]) == ("disk", "")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from shell_kit import Session, session
 
+from shell import repl
 from shell.completer import ShellCompleter, candidates, read_line
 from shell.highlight import styles
+from shell.interpreter import run_line
 from shell.repl import interact, toolbar
+from shell.session import Shell
 
 
 @pytest.fixture
@@ -49,6 +53,23 @@ def test_an_incomplete_line_goes_on(shell: Session) -> None:
 
 def test_interrupt_clears_the_line(shell: Session) -> None:
     assert typed(shell, "echo no\x03echo yes\r\x04") == (0, "yes\n", "")
+
+
+def test_an_interrupt_between_a_command_and_the_prompt_ends_nothing(
+    shell: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is pressed while a line is taken up, or just when its command has ended."""
+
+    def pressed(shell: Shell, text: str) -> int:
+        signal.raise_signal(signal.SIGINT)
+        status = run_line(shell, text)
+        signal.raise_signal(signal.SIGINT)
+        return status
+
+    monkeypatch.setattr(repl, "run_line", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    assert typed(shell, "echo one\recho no\x03echo two\r\x04") == (0, "one\ntwo\n", "")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_error_does_not_end_the_session(shell: Session) -> None:

@@ -334,3 +334,15 @@ def test_a_model_in_parts_is_one_model(shell: Shell, own: Path) -> None:
     assert status == 0 and out
     status, _, err = typed(shell, f"show {parts[1]}")
     assert status == 126 and "part 2 of a model in 3 files" in err and "qwen3-00001-of-00003" in err
+
+
+def test_a_model_that_was_loaded_by_its_path_goes_by_the_name_that_is_listed(
+    shell: Shell, tmp_path: Path, own: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(NANO, elsewhere / "other.gguf")
+    assert typed(shell, f"load {elsewhere}/other.gguf")[0] == 0
+    assert typed(shell, f"show other; cp other mine; save other {tmp_path}/copy.gguf")[0] == 0
+    assert (own / "mine.gguf").read_bytes() == (tmp_path / "copy.gguf").read_bytes() == NANO.read_bytes()
+    assert typed(shell, "cp nosuch x")[0] == 127

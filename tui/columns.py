@@ -10,15 +10,6 @@ from tui.panel import fit
 from tui.sanitise import one_line
 from tui.units import bytes_short, percent, rate_short
 
-LETTERS = {
-    "NEW": "N",
-    "RUNNABLE": "Q",
-    "RUNNING": "R",
-    "SLEEPING": "S",
-    "STOPPED": "T",
-    "SWAPPED": "W",
-    "ZOMBIE": "Z",
-}
 COMMAND_MIN = 12
 
 
@@ -64,7 +55,7 @@ def _command_cell(view: ProcessView) -> str:
 COLUMNS = (
     Column("PID", 5, 0, lambda v: str(v.pid), lambda v: v.pid, right=True),
     Column("NI", 3, 2, lambda v: str(v.nice), lambda v: v.nice, right=True),
-    Column("S", 1, 0, lambda v: LETTERS.get(v.state, "?"), lambda v: LETTERS.get(v.state, "?")),
+    Column("S", 1, 0, lambda v: v.letter, lambda v: v.letter),
     Column("PROGRAM", 8, 7, lambda v: one_line(v.program), lambda v: v.program),
     Column("MODEL", 16, 4, lambda v: one_line(v.model), lambda v: v.model),
     Column("DEV", 5, 9, lambda v: v.device or "-", lambda v: v.device),

@@ -9,7 +9,6 @@ from rich.style import Style
 
 from kernel.snapshot import SystemView
 from kernel.units import short_time
-from tui.columns import LETTERS
 from tui.feed import Feed
 from tui.panel import BOLD, PLAIN, WARN, Line, Panel, fit, words
 from tui.sanitise import one_line
@@ -48,8 +47,8 @@ class Header(Panel):
 
 
 def _processes(view: SystemView) -> str:
-    letters = Counter(LETTERS.get(process.state, "?") for process in view.processes)
-    counts = " ".join(f"{letters[letter]}{letter}" for letter in "RQSTWNZ?" if letters[letter])
+    letters = Counter(process.letter for process in view.processes)
+    counts = " ".join(f"{letters[letter]}{letter}" for letter in "RQSTWZ?" if letters[letter])
     return f"{len(view.processes)} procs {counts}".rstrip()
 
 

@@ -193,5 +193,5 @@ class ProcessTable(ScrollView):
 
 def _style(column: int, process: ProcessView) -> Style:
     if column == columns.STATE:
-        return _STATE_STYLES.get(columns.LETTERS.get(process.state, ""), PLAIN)
+        return _STATE_STYLES.get(process.letter, PLAIN)
     return DIM if process.exit_code is not None else PLAIN

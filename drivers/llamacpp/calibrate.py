@@ -45,9 +45,9 @@ def measure(slab: Slab) -> Costs:
     """Leaves the slab empty. Raises Interrupted if the abort flag is set meanwhile."""
     _pass_s(slab, 1, 1)  # reads the weights from disk; not counted
     deadline_s = time.perf_counter() + BUDGET_S
-    rounds = [_round(slab, list(_counts(slab.seats)))]
+    rounds = [_first_round(slab)]
     while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_REPEATS and time.perf_counter() < deadline_s):
-        rounds.append(_round(slab, list(rounds[0])))
+        rounds.append({count: _pass_s(slab, count, 1) for count in rounds[0]})
     curve = Curve(rounds)
     most_tokens = max(8, int(2 * PREFILL_S / curve.least_s[1]))
     chunk = min(slab.capacity_tokens, slab.window_tokens - 1, most_tokens)
@@ -66,10 +66,10 @@ def measure_more(slab: Slab, curve: Curve) -> None:
         slab.clear()
 
 
-def _round(slab: Slab, counts: list[int]) -> dict[int, float]:
+def _first_round(slab: Slab) -> dict[int, float]:
     """The whole curve once: what disturbs a measurement for a while disturbs all of its points."""
     points: dict[int, float] = {}
-    for count in counts:
+    for count in _counts(slab.seats):
         if count > 2 and max(points.values()) > BUDGET_S:
             break  # a large model: two points tell enough, and more would take seconds
         points[count] = _pass_s(slab, count, 1)

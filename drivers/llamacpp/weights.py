@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from drivers.llamacpp import native
+from drivers.llamacpp import native, parts
 from drivers.llamacpp.header import Header
 from drivers.llamacpp.native import lib
 from kernel.device import Progress
@@ -123,6 +123,7 @@ def _load(path: str, on_gpu: bool, progress: Progress) -> int:
     if told.cancelled:
         raise Interrupted("the load was cancelled")
     if not model:
+        parts.read(Path(path))  # it was whole a moment ago: if it is no longer, this says so
         raise ModelInvalid(f"{path}: llama.cpp cannot load it", "`dmesg` has its reasons")
     return model  # type: ignore[no-any-return]
 
@@ -144,15 +145,25 @@ class _Told:
 
 
 def fingerprint(header: Header) -> bytes:
-    """16 bytes that tell one model from another: the headers of its files and samples of their weights."""
+    """16 bytes that tell one model from another: the headers of its files and samples of their weights.
+
+    Raises ModelInvalid: a file has gone since it was loaded.
+    """
     digest = blake2b(digest_size=16)
     for part in header.parts or (header,):
-        with Path(part.path).open("rb") as file:
-            left = part.data_offset
-            while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                digest.update(piece)
-                left -= len(piece)
-            for sample in range(16):
-                file.seek(part.data_offset + (part.file_bytes - part.data_offset) * sample // 16)
-                digest.update(file.read(4096))
+        try:
+            _sample(part, digest)
+        except OSError as error:
+            raise ModelInvalid(f"{part.path}: {error.strerror}: it went while it was loaded") from error
     return digest.digest()
+
+
+def _sample(part: Header, digest: blake2b) -> None:
+    with Path(part.path).open("rb") as file:
+        left = part.data_offset
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        for sample in range(16):
+            file.seek(part.data_offset + (part.file_bytes - part.data_offset) * sample // 16)
+            digest.update(file.read(4096))

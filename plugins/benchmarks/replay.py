@@ -39,7 +39,17 @@ from kernel.fairness import OUTPUT_UNITS, PROMPT_UNITS
 from kernel.kernel import Kernel, Parts
 from kernel.spec import ProcessSpec
 from kernel.syscall import Syscalls
-from plugins.benchmarks.trace import WINDOW_S, Gap, Meter, Request, Served, gap, read_trace, write_served
+from plugins.benchmarks.trace import (
+    WINDOW_S,
+    Gap,
+    Meter,
+    Request,
+    Served,
+    check_writable,
+    gap,
+    read_trace,
+    write_served,
+)
 
 POOL_TOKENS = 10_000
 UNITS_PER_S = 1350.0
@@ -271,6 +281,8 @@ def latency(
     requests = read_trace(trace, limit)
     if shares_prefixes and not any(request.blocks for request in requests):
         raise UsageError(f"{trace} does not say what prompts have in common", "Mooncake's traces do")
+    if requests[0].arrival_s == requests[-1].arrival_s:
+        raise UsageError(f"{trace}: all {len(requests)} requests arrive at once: no engine has that load")
     engine, table = loaded_engine(requests, shares_prefixes), {}
     prompt_tokens = sum(request.prompt_tokens for request in requests)
     for policy in policies:
@@ -308,6 +320,10 @@ def fairness(
     if weights and len(weights) != len(clients):
         raise UsageError(f"{len(weights)} weights for {len(clients)} clients")
     by_client = dict(zip(clients, weights or [1.0] * len(clients), strict=True))
+    if served is not None:
+        if served.exists() and served.samefile(trace):
+            raise UsageError(f"--served {served} would replace the trace", "name another file")
+        check_writable(served)
     done = Replay(requests, overloaded_engine(requests), policy, by_client).run(report)
     if served is not None:
         write_served(served, done.served)

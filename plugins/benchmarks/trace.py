@@ -5,8 +5,10 @@ Not here: serving one (replay).
 
 import csv
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,9 @@ WINDOW_S = (30.0, 360.0)
 
 BLOCK_TOKENS = 512
 """Of Mooncake's traces (Qin et al., FAST 2025): equal hashes mean equal blocks after equal beginnings."""
+
+MOST_TOKENS = 1_000_000
+"""Of a prompt or an answer: more than any model's window."""
 
 SERVED_COLUMNS = ("arrival_s", "client", "prompt_tokens", "output_tokens", "first_token_s", "finish_s")
 
@@ -53,7 +58,7 @@ def read_trace(path: Path, limit: int = 0) -> list[Request]:
     output_tokens, or of Mooncake's JSON lines. Raises UsageError, LlmosError (not readable)."""
     rows = _jsonl_requests if path.suffix == ".jsonl" else _csv_requests
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             requests = list(islice(rows(file), limit or None))
     except OSError as error:
         raise LlmosError(f"cannot read {path}: {error.strerror}") from None
@@ -67,16 +72,50 @@ def read_trace(path: Path, limit: int = 0) -> list[Request]:
 
 
 def _csv_requests(file: Iterable[str]) -> Iterator[Request]:
-    for row in csv.DictReader(file):
-        arrival_s, tokens = float(row["arrival_s"]), (int(row["prompt_tokens"]), int(row["output_tokens"]))
-        yield Request(arrival_s, row["client"], max(1, tokens[0]), max(1, tokens[1]))
+    rows = csv.DictReader(file)
+    for row in rows:
+        with _told_with(rows.line_num):
+            tokens = int(row["prompt_tokens"]), int(row["output_tokens"])
+            yield _request(float(row["arrival_s"]), row["client"], *tokens)
 
 
 def _jsonl_requests(file: Iterable[str]) -> Iterator[Request]:
-    for line in file:
-        row = json.loads(line)
-        tokens = max(1, row["input_length"]), max(1, row["output_length"])
-        yield Request(row["timestamp"] / 1000, "0", *tokens, tuple(row.get("hash_ids", ())))
+    for number, line in enumerate(file, 1):
+        with _told_with(number):
+            row = json.loads(line)
+            tokens, blocks = (row["input_length"], row["output_length"]), tuple(row.get("hash_ids", ()))
+            yield _request(row["timestamp"] / 1000, "0", *tokens, blocks)
+
+
+@contextmanager
+def _told_with(line_number: int) -> Iterator[None]:
+    """What is wrong with a row, and which it is."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"line {line_number}: no column {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"line {line_number}: {error}") from None
+
+
+def _request(
+    arrival_s: float, client: str, prompt_tokens: int, output_tokens: int, blocks: tuple[int, ...] = ()
+) -> Request:
+    """Raises ValueError."""
+    if not 0 <= arrival_s < math.inf:
+        raise ValueError(f"arrival_s is {arrival_s}")
+    for tokens in (prompt_tokens, output_tokens):
+        if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
+            raise ValueError(f"{tokens} tokens; 0 to {MOST_TOKENS}")
+    return Request(arrival_s, client, max(1, prompt_tokens), max(1, output_tokens), blocks)
+
+
+def check_writable(path: Path) -> None:
+    """Now, not after minutes of work. Raises LlmosError."""
+    try:
+        path.open("a").close()
+    except (OSError, ValueError) as error:
+        raise LlmosError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_served(path: Path, served: Iterable[Served]) -> None:

@@ -22,8 +22,7 @@ def _arguments(parser: Arguments) -> None:
 
 def _chat(shell: Shell, args: argparse.Namespace) -> int:
     content = content_of(shell, None, has_words=False)
-    lines = " ".join(args.words), *("" if content is None else content).splitlines()
-    turns = tuple(line.strip() for line in lines if line.strip())
+    turns = turns_of(" ".join(args.words)) + turns_of(content or "")
     stays = content is None and can_talk(shell) and (shell.interactive or not shell.frame.background)
     if not turns and not stays:
         hint = f"`chat {args.model} < FILE`: each line that is not empty is a turn"
@@ -35,6 +34,11 @@ def _chat(shell: Shell, args: argparse.Namespace) -> int:
         with suppress(NotPermitted):  # it has failed already
             shell.system.hang_up(pid)
     return start(shell, pid, asked=bool(turns))
+
+
+def turns_of(text: str) -> tuple[str, ...]:
+    """Each line that is not empty."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 SPECS = (

@@ -9,7 +9,6 @@ from kernel.snapshot import ProcessView
 from kernel.syscall import Signal
 from kernel.units import short_time
 from shell.jobs import Job, foreground, labelled
-from shell.process_table import state_letter
 from shell.registry import Arguments, CommandSpec
 from shell.session import Shell
 from shell.terminal import one_line
@@ -54,7 +53,7 @@ def _line(shell: Shell, job: Job, *, long: bool) -> str:
 def _state(job: Job, view: ProcessView) -> str:
     status = job.status(view)
     if status is None:
-        return _WORDS.get(state_letter(view), "Running")
+        return _WORDS.get(view.letter, "Running")
     return f"Exit {status}" if status else "Done"
 
 

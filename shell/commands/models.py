@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from kernel.errors import (
     UsageError,
 )
 from kernel.snapshot import ModelView, SystemView
-from kernel.syscall import EngineOptions, ModelInfo
+from kernel.syscall import EngineOptions, ModelInfo, Signal
 from kernel.units import human_bytes, short_bytes, short_time
-from shell.commands.run import add_wait, tokens, waits
+from shell.commands.chat import turns_of
+from shell.commands.run import add_wait, content_of, tokens, waits
 from shell.commands.store import fit_of, sizes_of
-from shell.jobs import start
+from shell.jobs import can_talk, listens, start
 from shell.registry import Arguments, CommandSpec
 from shell.render import Column, bar, short_count, to_json, write_table
 from shell.session import Shell
@@ -48,12 +50,10 @@ def _load(shell: Shell, args: Namespace) -> int:
     if args.json and not args.dry_run:
         raise UsageError("load: --json goes with --dry-run", "`models --json` tells of what is loaded")
     head = _head(args.model)
-    if args.dry_run:
-        if head == _CHECKPOINT:
-            raise UsageError(f"load: {args.model} is a checkpoint; --dry-run is for models")
-        return _dry_run(shell, args)
     if head == _CHECKPOINT:
-        return start(shell, shell.system.restore(Path(args.model), sink_of(shell.frame)))
+        return _load_checkpoint(shell, args)
+    if args.dry_run:
+        return _dry_run(shell, args)
     try:
         return _load_model(shell, args)
     except (ModelInvalid, ModelNotFound) as error:
@@ -61,7 +61,34 @@ def _load(shell: Shell, args: Namespace) -> int:
             raise ModelInvalid(f"{args.model} is empty: neither a model nor a checkpoint") from error
         if head is not None and _CHECKPOINT.startswith(head):
             raise CheckpointInvalid(f"{args.model} ends after {len(head)} bytes") from error
+        if head is not None and isinstance(error, ModelNotFound):
+            raise ModelInvalid(f"{args.model} is neither a model nor a checkpoint") from error
         raise
+
+
+def _load_checkpoint(shell: Shell, args: Namespace) -> int:
+    """Go on with it; to a chat without a terminal, each line of the input is said."""
+    for option in ("dry_run", "ctx", "seats", "threads", "device"):
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise UsageError(f"load: {args.model} is a checkpoint; --{name} is for models")
+    pid = shell.system.restore(Path(args.model), sink_of(shell.frame))
+    if listens(shell.system.process(pid)) and not can_talk(shell):
+        try:
+            _say_input(shell, pid, args.model)
+        except BaseException:  # ^C while it was read
+            with suppress(LlmosError):
+                shell.system.signal(pid, Signal.KILL)
+            raise
+    return start(shell, pid)
+
+
+def _say_input(shell: Shell, pid: int, name: str) -> None:
+    turns = turns_of(content_of(shell, None, has_words=False) or "")
+    for turn in turns:
+        shell.system.say(pid, turn)
+    if not turns and not shell.frame.background:
+        shell.note(f"{pid} ends: nobody talks to it. `load {name} < FILE` says each line of it")
 
 
 def _load_model(shell: Shell, args: Namespace) -> int:

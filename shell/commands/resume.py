@@ -11,11 +11,13 @@ from shell.registry import Arguments, CommandSpec
 from shell.render import Column, write_table
 from shell.session import Frame, Shell
 from shell.sink import reopen_sink
+from shell.terminal import fit, one_line
 
 if TYPE_CHECKING:
     from kernel.syscall import Orphan
 
 
+_COMMAND_WIDTH = 60
 _COLUMNS: list[Column[Orphan]] = [
     Column("PID", lambda orphan: str(orphan.pid), right=True, keep=3),
     Column("ITEMS", lambda orphan: _items(orphan), right=True, keep=1),
@@ -52,18 +54,30 @@ def _run(shell: Shell, args: Namespace) -> int:
         if not shell.interactive and _is_open(orphan):  # a script would end it
             shell.note(f"{orphan.pid} waits for its user, `{orphan.state.spec.command}`: `resume` in a shell")
             continue
-        frame = Frame(line=orphan.state.spec.command, background=True)
         try:
-            sink = reopen_sink(orphan.state.spec.sink)
-            if sink is not None:
-                frame.stdout, frame.target = sink
-            with shell.framed(frame):
-                status = start(shell, shell.system.resume(orphan)) or status
+            status = _go_on(shell, orphan) or status
         except LlmosError as error:
-            frame.close()
-            shell.report(error)
+            command = one_line(orphan.state.spec.command)
+            hint = error.hint or "`resume` tries again, `resume --forget` gives up what is left"
+            shell.report(LlmosError(f"{orphan.pid}, `{fit(command, _COMMAND_WIDTH)}`: {error.message}", hint))
             status = error.exit_code
     return status
+
+
+def _go_on(shell: Shell, orphan: Orphan) -> int:
+    """Raises LlmosError; then it is still to be had."""
+    frame = Frame(line=orphan.state.spec.command, background=True)
+    sink = reopen_sink(orphan.state.spec.sink)
+    try:
+        if sink is not None:
+            frame.stdout, frame.target = sink.file, sink.path
+        pid = shell.system.resume(orphan)
+        if sink is not None:
+            sink.cut_back()  # not before: another LLMOS may be going on with it
+        with shell.framed(frame):
+            return start(shell, pid)
+    finally:
+        frame.close()
 
 
 SPECS = (

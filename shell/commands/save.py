@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kernel.errors import LlmosError, UsageError
 from kernel.units import human_bytes
-from shell.commands.store import ModelStore, ProgressBar, interruptible
+from shell.commands.store import ModelStore, ProgressBar, interruptible, on_shelf
 from shell.commands.targets import pid_of
 from shell.files import path_of
 from shell.registry import Arguments, CommandSpec
@@ -67,8 +67,12 @@ def _save_model(store: ModelStore | None, shell: Shell, model: str, file: Path) 
     if store is None:
         raise UsageError("there is no store of models here")
     drawn = ProgressBar(shell)
+
+    def export(source: str) -> None:
+        store.export(source, file, drawn.draw)
+
     try:
-        interruptible(shell, "save", lambda: store.export(model, file, drawn.draw))
+        interruptible(shell, "save", lambda: on_shelf(shell, model, export))
     finally:
         drawn.clear()
     shell.note(f"{file}  {human_bytes(file.stat().st_size)}")

@@ -80,7 +80,7 @@ def _show_arguments(parser: Arguments) -> None:
 
 
 def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
-    facts = _facts(store, shell, args.model)
+    facts = on_shelf(shell, args.model, store.facts)
     info, estimate = shell.system.inspect(str(facts.path))
     fits = fit_of(info, estimate, shell.system.snapshot())
     if args.json or shell.json:
@@ -94,12 +94,12 @@ def _show(store: ModelStore, shell: Shell, args: Namespace) -> int:
     return 0
 
 
-def _facts(store: ModelStore, shell: Shell, name: str) -> Facts:
+def on_shelf(shell: Shell, name: str, act: Callable[[str], T]) -> T:
     """Of a model on the shelf, or in use by the name that `models` lists it under. Raises as the store."""
     try:
-        return store.facts(name)
+        return act(name)
     except ModelNotFound:
-        return store.facts(str(shell.system.inspect(name)[0].path))
+        return act(str(shell.system.inspect(name)[0].path))
 
 
 def sizes_of(estimate: Estimate) -> dict[str, int]:
@@ -218,7 +218,10 @@ def _cp_arguments(parser: Arguments) -> None:
 
 
 def _cp(store: ModelStore, shell: Shell, args: Namespace) -> int:
-    name = interruptible(shell, "cp", lambda: store.copy(args.source, args.name))
+    def copy(source: str) -> str:
+        return store.copy(source, args.name)
+
+    name = interruptible(shell, "cp", lambda: on_shelf(shell, args.source, copy))
     shell.note(f"copied to {name}")
     return 0
 
