@@ -96,23 +96,25 @@ class Sharing:
             sequence.computed = self._copy(holder, sequence.slab, sequence.seat, tokens)
 
     def _longest(
-        self, tokens: Tokens[int], prefers: Callable[[Sequence], bool], but: Sequence | None = None
+        self, tokens: Tokens[int], prefers: Callable[[Sequence], bool], leaving: Sequence | None = None
     ) -> tuple[Sequence | None, int]:
-        """Who begins with most of these tokens, computed or not yet, and with how many."""
+        """Who begins with most of these tokens, computed or not yet, and with how many.
+
+        Of several it `prefers` some; one that is about to leave is left out.
+        """
         if not self._keeps:
             return None, 0
         kept = [each for seating in self._slabs.in_turn for each in seating.kept.values()]
         holders = dict.fromkeys((*kept, *self._slabs))
-        if but:
-            holders.pop(but, None)
+        if leaving:
+            holders.pop(leaving, None)
         self._prefixes.keep_only(holders)
         for holder in holders:
             self._prefixes.learn(holder, holder.tokens, len(holder.tokens))
         found, likely = self._prefixes.find(tokens)
 
-        def claim(
-            holder: Sequence,
-        ) -> tuple[int, bool, bool, int, int]:  # what was kept needs no copy, perhaps
+        def claim(holder: Sequence) -> tuple[int, bool, bool, int, int]:
+            """What was kept needs no copy, perhaps."""
             common = common_tokens(tokens, holder.tokens, len(holder.tokens), likely)
             return common, prefers(holder), holder in kept, holder.computed, -holder.seat
 
