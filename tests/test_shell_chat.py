@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pexpect
@@ -20,6 +20,8 @@ from prompt_toolkit.output import DummyOutput
 from pty_kit import on_terminal
 from shell_kit import Session, session
 
+from kernel.bus import Mailbox
+from kernel.errors import WouldBlock
 from kernel.snapshot import ProcessView
 from kernel.syscall import ProcessSpec, Signal
 from shell import conversation
@@ -84,6 +86,15 @@ def press(shell: Session, key: signal.Signals, is_done: Callable[[ProcessView], 
         signal.pthread_kill(main, key)
         if await_process(shell, is_done, within_s=1.0):
             return
+
+
+def has_stopped(told: Mailbox) -> bool:
+    """Whether one has, since the mailbox was opened."""
+    with suppress(WouldBlock):
+        while told.receive_nowait().body["state"] != "STOPPED":
+            pass
+        return True
+    return False
 
 
 # At a prompt
@@ -158,7 +169,8 @@ def test_stopped_and_brought_back_it_goes_on_with_what_was_typed(shell: Session)
 def test_stopped_in_a_reply_it_goes_on_in_it(shell: Session) -> None:
     def stop_and_cut() -> None:
         await_process(shell, lambda view: view.output_tokens > 50)
-        press(shell, signal.SIGTSTP, lambda view: view.state == "STOPPED")
+        told = shell.shell.system.subscribe("process")  # `fg` may come sooner than the next look
+        press(shell, signal.SIGTSTP, lambda _view: has_stopped(told))
         await_process(shell, lambda view: view.state != "STOPPED" and view.output_tokens > 500)
         press(shell, signal.SIGINT, lambda view: view.items_done == 1)
 
