@@ -82,16 +82,19 @@ def press(shell: Session, key: signal.Signals, is_done: Callable[[ProcessView], 
     """^C or ^Z for the main thread; again, if it came before anybody asked for it."""
     main = threading.main_thread().ident
     assert main is not None
+    told = shell.shell.system.subscribe("process")  # what was typed next may undo it before one looks
     for _ in range(20):
         signal.pthread_kill(main, key)
-        if await_process(shell, is_done, within_s=1.0):
+        if await_process(shell, lambda view: is_done(view) or has_become(told, key), within_s=1.0):
+            return
+        if has_become(told, key):  # there is no process any more
             return
 
 
-def has_stopped(told: Mailbox) -> bool:
-    """Whether one has, since the mailbox was opened."""
+def has_become(told: Mailbox, key: signal.Signals) -> bool:
+    """Whether one has stopped, or ended, since the mailbox was opened."""
     with suppress(WouldBlock):
-        while told.receive_nowait().body["state"] != "STOPPED":
+        while told.receive_nowait().body["state"] != ("STOPPED" if key is signal.SIGTSTP else "ZOMBIE"):
             pass
         return True
     return False
@@ -169,8 +172,7 @@ def test_stopped_and_brought_back_it_goes_on_with_what_was_typed(shell: Session)
 def test_stopped_in_a_reply_it_goes_on_in_it(shell: Session) -> None:
     def stop_and_cut() -> None:
         await_process(shell, lambda view: view.output_tokens > 50)
-        told = shell.shell.system.subscribe("process")  # `fg` may come sooner than the next look
-        press(shell, signal.SIGTSTP, lambda _view: has_stopped(told))
+        press(shell, signal.SIGTSTP, lambda view: view.state == "STOPPED")
         await_process(shell, lambda view: view.state != "STOPPED" and view.output_tokens > 500)
         press(shell, signal.SIGINT, lambda view: view.items_done == 1)
 
