@@ -30,7 +30,7 @@ from drivers.wire import Frame, Kind
 from kernel.device import Engine, EngineOptions, LogLine, Progress, StepEvent
 from kernel.errors import WorkerDied
 
-HOLD_S = 0.010  # how long a step may wait for the next ones to share its frame: each wakes the parent
+HOLD_S = 0.005  # how long a step may wait for the next ones to share its frame: each wakes the parent
 PROGRESS_STEP = 0.005  # of a load
 
 Step = tuple[int, StepEvent]
