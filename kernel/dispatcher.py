@@ -90,6 +90,8 @@ class Dispatcher:
 
     def interrupt(self, *, hard: bool = False) -> None:
         """End the quanta in flight at the next step, or within this one. With the table's lock held."""
+        for flight in self.flights if hard else ():
+            flight.model.was_cut = True
         if self.flights:
             self.flights[-1].model.open_host().interrupt(self.flights[-1].id, hard=hard)
 
@@ -216,6 +218,7 @@ class Dispatcher:
                 s.prompt_tokens * prompt_units + (s.token is not None) * OUTPUT_UNITS for s in event.sequences
             ]
             total = sum(units) or 1.0
+            flight.model.was_cut &= not any(units)
             flight.model.queue.served(total)
             for step, used in zip(event.sequences, units, strict=True):
                 thread = flight.model.seats[step.seq]

@@ -90,10 +90,10 @@ def _loading(process: Process, model: Model | None) -> str:
 
 
 def _no_seat(model: Model) -> str:
-    waiting = model.users - sum(seat is not None for seat in model.seats)
+    waiting, policy = model.users - sum(seat is not None for seat in model.seats), model.queue.policy.name
     return (
         f"It waits for one of the {len(model.seats)} seats of {model.name}; {waiting} processes wait, and "
-        f"{_NEXT[model.queue.policy.name]}."
+        f"{_NEXT.get(policy, f'the policy {policy} says who is next')}."
     )
 
 

@@ -80,7 +80,7 @@ class Journal:
         self._ailing = False  # guarded by _writing
         self._closed = False  # guarded by _changed
         self._frozen = False
-        self._removed = False  # guarded by _writing
+        self._removed = False  # written under _writing, read by anybody
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         try:
             self._database = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
@@ -91,13 +91,14 @@ class Journal:
             os.close(self._lock_handle)
             raise
 
-    def spawned(self, process: Process, model_file: Path, origin: str) -> None:
+    def spawned(self, process: Process, model_file: Path, origin: str, digest: str) -> None:
         """Write a specification, before its PID is given out. Called without the table's lock.
 
-        `origin` is the uid of the orphan that it goes on with, or "".
+        `origin` is the uid of the orphan that it goes on with, or ""; `digest` that of the file which the
+        engine has loaded, or "" while it is not open.
         """
         try:
-            digest = model_digest(model_file)
+            digest = digest or model_digest(model_file)
         except LlmosError as error:
             self._failed(error.message)
             return

@@ -103,6 +103,7 @@ class Model:
     wanted: bool = False  # by a `load`, not only by the process that needs it
     opened_s: float = 0.0  # when it was loaded last
     pinned: bool = False  # not evicted, though nothing runs on it
+    was_cut: bool = False  # a pass was cut short, and nothing has been computed since
     cancelled: bool = False
     restarts_s: list[float] = field(default_factory=list)  # when its worker was restarted
     error: LlmosError | None = None

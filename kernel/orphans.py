@@ -122,9 +122,9 @@ def _orphan(
                 prompt_length=prompt_length,
                 tokens=tuple(array("i", tokens)),
                 reply=_text(text),
-                reply_bounds=tuple(array("i", bounds)),
+                reply_bounds=tuple(array("i", b"".join(bounds))),  # journals of before have none
             )
-            for _, _, item, begun, prompt_length, bounds, tokens, text in database.execute(_PROGRESS, (pid,))
+            for _, _, item, begun, prompt_length, *bounds, tokens, text in database.execute(_PROGRESS, (pid,))
             if item not in finished
         ),
         prompt_tokens=prompt_tokens,

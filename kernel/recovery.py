@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kernel.errors import AdmissionRefused, CheckpointInvalid, KernelFault, LlmosError, NotPermitted
-from kernel.models import Model
+from kernel.models import Model, ModelState
 from kernel.process import Process, Signal, Thread
 from kernel.spec import ProcessSpec, check_spec
 
@@ -54,7 +54,10 @@ class Recovery:
         spec = replace(spec, wait=True)  # it was admitted once
         check_spec(spec)
         entry = self.kernel.residency.resolve(spec.model)
-        if checkpoint.model_digest(entry.path) != saved.model_digest:
+        with self.kernel.table.lock:
+            known = self.kernel.models.get(entry.name)
+            digest = known.digest if known is not None and known.state is not ModelState.FAILED else ""
+        if (digest or checkpoint.model_digest(entry.path)) != saved.model_digest:
             raise CheckpointInvalid(
                 f"{origin} was saved with another file than {entry.path}",
                 f"put the model that it was saved with in place of {entry.name}",
@@ -107,7 +110,7 @@ class Recovery:
             why = getattr(error, "strerror", None) or error
             self._journal_ails(f"no journal in {folder}: {why}: a crash would lose what runs")
             return
-        self.journal.spawned(process, model.info.path, uid)
+        self.journal.spawned(process, model.info.path, uid, model.digest)
 
     def _journal_ails(self, text: str) -> None:
         self.kernel.alert("journal", text)

@@ -225,7 +225,9 @@ class Residency:
     def worker_died(self, model: Model, error: WorkerDied) -> None:
         """An engine is gone: open it again; its processes go on from their tokens."""
         self.kernel.log("error", model.name, error.message)
-        if model.state is ModelState.EVICTING or self.kernel.dispatcher_of(model).fault:  # it was to go
+        if (
+            model.state is ModelState.EVICTING or self.kernel.dispatcher_of(model).fault
+        ):  # it was to go, or nobody drives it
             return
         model.state, model.error = ModelState.LOADING, error
         self.kernel.dispatcher_of(model).scheduler.refresh(model)

@@ -158,17 +158,21 @@ class Scheduler:
         """Whether the pass under way should be cut short for one who comes.
 
         It is lost then for all who are in it, on average as much as the newcomer is spared: so if he
-        outweighs them together. But not if one of them is owed a request: he might never get through it.
+        outweighs them together. But not if one of them is owed a request, nor twice in a row: they might
+        never get through it.
         """
         comes = thread.process.group.weight if thread.process.group else thread.weight
         for flight in self.flights:
             queue = flight.model.queue
-            if not (queue.policy.grouped and flight.model.open_host().info.abortable):
+            if flight.model.was_cut or not queue.policy.grouped:
+                return False
+            if not flight.model.open_host().info.abortable:
                 return False
             there = [each for each in flight.grants if each in queue]
             if any(queue.lag(each) > queue.request_units for each in there):
                 return False
-            if comes <= sum(queue.weight_of(each) for each in there):
+            weights = {each.process.group or each: queue.weight_of(each) for each in there}
+            if comes <= sum(weights.values()):
                 return False
         return bool(self.flights)
 
@@ -233,19 +237,21 @@ class Scheduler:
 
         Short for its weight: that order has the least weighted sum of waits (Smith, "Various optimizers for
         single-stage production", 1956). So none goes before a heavier one who draws; and the prompt of one
-        who outweighs all others together goes to its end: they are put off by less than half of what he gets.
+        who outweighs all others on the device together goes on for as long as nobody could get his seat: they
+        are put off by less than half of what he gets.
         """
         queue = flight.model.queue
         half_units, half_s = queue.request_units / 2, self.config.quantum_s / 2
         least = max(map(queue.weight_of, drawers), default=0.0)
         first = [prompt for prompt in prompts if queue.weight_of(prompt) >= least]
         for thread in sorted(first, key=lambda prompt: prompt.pending / queue.weight_of(prompt)):
-            outweighs = 2 * queue.weight_of(thread) > queue.weight
+            outweighs = len(self.models) == 1 and 2 * queue.weight_of(thread) > queue.weight
+            most_s = self.config.seat_slice_s if outweighs else half_s
             while thread.pending > 1 and thread.process.group is None:
                 head = queue.pick()
                 if not head or queue.lag(head) > half_units * (1.5 if outweighs else 1.0):
                     return
-                if flight.planned_s >= half_s and not outweighs:
+                if flight.planned_s >= most_s:
                     return
                 if not queue.rides(thread, queue.weight_of(head), half_units):
                     break

@@ -299,7 +299,8 @@ class Syscalls:
     ) -> tuple[ModelInfo, Driver, EngineOptions, DeviceInfo]:
         residency = self._kernel.residency
         entry = residency.resolve(model)
-        driver, info = residency.driver(entry.path), residency.driver(entry.path).inspect(entry.path)
+        driver = residency.driver(entry.path)
+        info = driver.inspect(entry.path)
         chosen = self._kernel.parts.options if options == EngineOptions() else options
         return info, driver, chosen, residency.device_for(driver, info, chosen, device)
 

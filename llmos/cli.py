@@ -4,6 +4,7 @@ Not here: what commands do (shell), how things are put together (boot).
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -102,7 +103,8 @@ def _run(options: argparse.Namespace) -> int:
         return _serve(machine, options, script)
     finally:
         machine.system.shutdown()
-        machine.shell.tell_alerts()
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            machine.shell.tell_alerts()
 
 
 def _greet(machine: "Machine") -> None:

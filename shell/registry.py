@@ -150,9 +150,8 @@ class Registry:
 
     entries: dict[str, Entry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    find_more: Callable[[Registry], None] | None = (
-        None  # adds plugins: once a name is unknown, or all are asked
-    )
+    # Adds plugins: asked once a name is unknown, or all are listed.
+    find_more: Callable[[Registry], None] | None = None
     _warnings: list[str] = field(default_factory=list)
 
     def add(self, spec: CommandSpec) -> None:

@@ -160,9 +160,11 @@ class Shell:
 
     def tell_alerts(self) -> None:
         """Say what there is to say, once."""
-        while self.alerts:
-            self.out_line_done()
-            self.err.emit(self.err.paint("warning:", "yellow") + f" {one_line(self.alerts.pop(0))}\n")
+        with suppress(IndexError):  # another thread may have taken the last one
+            while True:
+                text = one_line(self.alerts.pop(0))
+                self.out_line_done()
+                self.err.emit(self.err.paint("warning:", "yellow") + f" {text}\n")
 
     def remark(self, text: str) -> None:
         """A dim line, cut where the terminal ends: what may be overlooked."""

@@ -150,3 +150,43 @@ def test_light_prompts_do_not_go_before_a_heavy_ones_tokens() -> None:
         crowd.passes_to_next_token(heavy)
         prompts.append(crowd.host.prompt_tokens - before)
     assert 0 < max(prompts) <= 32, prompts
+
+
+def test_a_model_is_not_cut_short_twice_in_a_row() -> None:
+    """Those in the pass would get nowhere, however short the newcomers are."""
+    crowd = Crowd(JOBS + 2)
+    crowd.run(5)
+    crowd.within_a_pass(0.02, lambda: [crowd.spawn(-10), crowd.spawn(-15)])
+    assert crowd.host.hards == [True, False]
+    crowd.run(5)
+    crowd.host.hards.clear()
+    crowd.within_a_pass(0.02, lambda: crowd.spawn(-20))
+    assert crowd.host.hards == [True], "something has been computed since"
+
+
+def test_the_threads_of_a_process_weigh_as_one() -> None:
+    crowd = Crowd(JOBS + 6)
+    crowd.sim.system.spawn(ProcessSpec("m", ("w",), samples=4, threads=4, sampling=Sampling(seed=9)))
+    crowd.run(10)
+    crowd.host.hards.clear()
+    crowd.within_a_pass(0.02, lambda: crowd.spawn(-5))
+    assert crowd.host.hards == [True]
+
+
+def test_a_long_prompt_leaves_another_model_its_turns() -> None:
+    """Alone on its model it outweighs all others there; but the device is not its own."""
+    sim = SimSystem({"a": MODEL, "b": MODEL})
+    for name in "ab":
+        sim.system.load(name)
+    other = sim.spawn("w", model="b")
+    for _ in range(20):
+        sim.dispatcher.advance()
+    long = sim.spawn("w " * 4000, model="a")
+    process, last_s, tokens, waits_s = sim.system.process, sim.clock.now_s(), 0, []
+    while process(long).output_tokens == 0:
+        assert sim.dispatcher.advance()
+        if process(other).output_tokens > tokens:
+            waits_s.append(sim.clock.now_s() - last_s)
+            last_s, tokens = sim.clock.now_s(), process(other).output_tokens
+    assert len(waits_s) > 20
+    assert max(waits_s) < 3 * sim.kernel.config.quantum_s

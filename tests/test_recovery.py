@@ -11,12 +11,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from shell_kit import Session
 from simkernel import SimSystem
 
 from kernel import journal
+from kernel.errors import CheckpointInvalid
 from kernel.orphans import read, sweep
 from kernel.spec import ProcessSpec
+from kernel.syscall import Signal
 
 REQUESTS = Path(__file__).parent.parent / "examples" / "requests.txt"
 LLMOS = [sys.executable, "-m", "llmos"]
@@ -148,3 +151,22 @@ def test_what_cannot_be_read_of_a_journal_is_told(tmp_path: Path) -> None:
     assert [line.split(" in ")[0] for line in told] == ["process 3", "process 4"]
     file.write_bytes(os.urandom(5000))
     assert not read(file, told.append) and "not a database" in told[-1]
+
+
+def test_what_is_kept_belongs_to_the_file_that_was_loaded(tmp_path: Path) -> None:
+    """Another file of that name has come since: it is not the one that the tokens are of."""
+    sim = SimSystem(folder=tmp_path)
+    sim.system.load("m")
+    (tmp_path / "m.sim").write_bytes(b"another model")
+    pid = sim.spawn("one two three")
+    sim.dispatcher.advance()
+    sim.system.signal(pid, Signal.STOP)
+    sim.system.save(pid, tmp_path / "c.ckpt")
+    again = sim.system.restore(tmp_path / "c.ckpt")  # the right one is open
+    assert sim.system.process(again).exit_code is None
+    sim.system.freeze()
+    sim.kernel.shutdown()
+    next_boot = SimSystem(folder=tmp_path)
+    orphan = next(iter(next_boot.system.orphans()))
+    with pytest.raises(CheckpointInvalid, match="another file"):
+        next_boot.system.resume(orphan)

@@ -59,7 +59,9 @@ def _run(shell: Shell, args: Namespace) -> int:
         except LlmosError as error:
             command = one_line(orphan.state.spec.command)
             hint = error.hint or "`resume` tries again, `resume --forget` gives up what is left"
-            shell.report(LlmosError(f"{orphan.pid}, `{fit(command, _COMMAND_WIDTH)}`: {error.message}", hint))
+            shell.report(
+                type(error)(f"{orphan.pid}, `{fit(command, _COMMAND_WIDTH)}`: {error.message}", hint)
+            )
             status = error.exit_code
     return status
 
