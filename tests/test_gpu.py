@@ -60,6 +60,8 @@ def free_bytes() -> int:
 class Nvml:
     """Two cards, of which a program holds 2 GiB of the second."""
 
+    NVMLError = OSError  # what it raises
+
     @staticmethod
     def nvmlDeviceGetCount() -> int:  # noqa: N802
         return 2
@@ -98,7 +100,14 @@ def test_every_card_is_a_device_with_a_pool_that_knows_others(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("allowed", "names"),
-    [(None, "gpu0 gpu1"), ("", ""), ("1", "gpu1"), ("GPU-a", "gpu0"), ("1,0", "gpu0 gpu1")],
+    [
+        (None, "gpu0 gpu1"),
+        ("", ""),
+        ("1", "gpu1"),
+        ("GPU-a", "gpu0"),
+        ("1,0", "gpu0 gpu1"),
+        ("1, 0", "gpu0 gpu1"),
+    ],
 )
 def test_cards_that_the_user_hid_are_not_used(
     allowed: str | None, names: str, monkeypatch: pytest.MonkeyPatch
@@ -108,6 +117,32 @@ def test_cards_that_the_user_hid_are_not_used(
     if allowed is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
     assert [device.name for device in gpus.gpus()] == names.split()
+
+
+@pytest.mark.parametrize(
+    ("lost", "names"),
+    [
+        ("nvmlDeviceGetCount", ""),
+        ("nvmlDeviceGetHandleByIndex", "gpu1"),
+        ("nvmlDeviceGetUUID", "gpu1"),
+        ("nvmlDeviceGetName", "gpu1"),
+        ("nvmlDeviceGetMemoryInfo", "gpu1"),
+    ],
+)
+def test_a_card_that_does_not_answer_is_none(lost: str, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(index: int = 0) -> object:
+        if index == 0:
+            raise Nvml.NVMLError("GPU is lost")
+        return answers(index)
+
+    monkeypatch.setattr(gpus, "_nvml", Nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = gpus.gpus()
+    answers = getattr(Nvml, lost)
+    monkeypatch.setattr(Nvml, lost, staticmethod(ask))
+    assert [device.name for device in gpus.gpus()] == names.split()
+    assert gpus.free_bytes(first) == 0 and gpus.environment(first) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert gpus.free_bytes(second) == (6 << 30 if names else 0)
 
 
 def test_a_worker_sees_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,5 +287,9 @@ def test_without_a_build_for_it_there_is_none(tmp_path: Path, monkeypatch: pytes
     try:
         monkeypatch.setenv("LLAMA_CPP_LIB_PATH", os.fspath(tmp_path))
         assert gpus.gpus() == ()
+        monkeypatch.setenv("LLAMA_CPP_LIB_PATH", "")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "libggml-cuda.so").touch()
+        assert not gpus._has_cuda(), "it is not looked for where we happen to be"
     finally:
         gpus._nvml.cache_clear()
