@@ -253,15 +253,14 @@ class WorkerHost:
         return bool(ready)
 
     def _read(self) -> None:
-        try:
-            frames = self._reader.receive(self._child.sock)
+        with self._making_sense():
+            try:
+                frames = self._reader.receive(self._child.sock)
+            except (EOFError, OSError):
+                self._die()
             self._heard_s = time.monotonic()
             for frame in frames:
                 self._take(frame)
-        except wire.Nonsense:
-            self._die("talks nonsense")
-        except (EOFError, OSError):
-            self._die()
 
     def _take(self, frame: Frame) -> None:
         match frame:

@@ -100,6 +100,7 @@ class Worker:
         self._unsent: list[Step] = []
         self._held_since_s = 0.0  # the first of `_unsent`
         self._step_s = 0.0  # the last one
+        self._longest_s = 0.0  # of the last two
         self._operations: dict[Kind, Callable[[Frame], Frame]] = {
             Kind.OPEN: self._open,
             Kind.FEED: self._feed,
@@ -125,6 +126,7 @@ class Worker:
             if not self._unsent:
                 self._held_since_s = time.monotonic()
             self._unsent.append((quantum, event))
+            self._longest_s, self._step_s = max(event.step_s, self._step_s), event.step_s
         if event is None or not any(quota_tokens.values()):
             self._quanta.popleft()
             borrowed = wire.encode_borrowed(self._engine.borrowed_tokens())
@@ -137,10 +139,9 @@ class Worker:
 
         It may be as long as either of the last two: passes over prompts and those that draw take turns.
         """
-        longest_s, self._step_s = max(event.step_s, self._step_s), event.step_s
         if any(step.token is None or step.prompt_tokens or step.finish for step in event.sequences):
             return True
-        return time.monotonic() + longest_s - self._held_since_s >= HOLD_S
+        return time.monotonic() + self._longest_s - self._held_since_s >= HOLD_S
 
     def _flush(self, end: list[object] | None = None) -> None:
         if self._unsent or end:
@@ -162,13 +163,13 @@ class Worker:
 
     def _reply(self, frame: Frame) -> None:
         """Answer with a result or an error. An engine that says WorkerDied is beyond repair."""
+        self._flush()  # now: the operation may take seconds
         try:
             answer = self._operations[frame.kind](frame)
         except WorkerDied:
             raise
         except Exception as error:
             answer = Frame(Kind.ERROR, wire.encode_error(error))
-        self._flush()
         self._channel.send(answer)
 
     def _open(self, frame: Frame) -> Frame:

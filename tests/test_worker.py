@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
@@ -301,6 +302,19 @@ def test_hanging_worker_is_killed_at_its_deadline(spawn: Spawn, during: str) -> 
     assert not psutil.pid_exists(host.pid)
 
 
+def test_a_log_that_cannot_be_written_is_not_a_dead_worker() -> None:
+    def log(_level: str, _line: str) -> None:
+        raise BrokenPipeError("the terminal is gone")
+
+    host = WorkerHost("m", log, 60.0, {})
+    try:
+        host._reader = cast(Any, SimpleNamespace(receive=lambda _: [Frame(Kind.LOG, ["warn", "x"])]))
+        with pytest.raises(BrokenPipeError):
+            host._read()
+    finally:
+        host.shutdown()
+
+
 def test_idle_worker_is_not_taken_for_hanging(spawn: Spawn) -> None:
     host = spawn(**FAST, deadline_s=1.0)
     host.open(0, prompt(), Sampling())
@@ -495,6 +509,10 @@ class Script:
         quota_tokens[0] -= 1
         return next(self._steps, None)
 
+    def dump(self, _seq: int) -> bytes:
+        self.sent_before_dump = len(self.reports)
+        return b""
+
     def borrowed_tokens(self) -> dict[int, int]:
         return {}
 
@@ -504,8 +522,17 @@ class Script:
         return self._commands.pop() if self._commands else []
 
     def send(self, report: object) -> None:
-        assert isinstance(report, tuple)
-        self.reports.append(report)
+        if isinstance(report, tuple):
+            self.reports.append(report)
+
+
+def test_held_steps_leave_before_a_command_that_may_take_long() -> None:
+    script, brake = Script([drawn(0.0)] * 3), Brake.create()
+    worker = Worker(cast(Any, script), cast(Any, script), brake)
+    worker._advance(7, {0: 3})
+    worker._obey(Frame(Kind.DUMP, [0]))
+    os.close(brake.fd)
+    assert script.sent_before_dump == 1
 
 
 def reported(steps: list[StepEvent]) -> list[int]:
