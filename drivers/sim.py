@@ -175,7 +175,10 @@ class SimEngine:
         return StepEvent(0, step_s, tuple(news + [self._advance(*item) for item in plan]))
 
     def fork(self, source: int, target: int, sampling: Sampling | None = None) -> None:
-        twin = replace(self._held(source))
+        original = self._held(source)
+        if source == target:
+            raise UsageError(f"sequence {source} cannot be forked onto itself")
+        twin = replace(original)
         self._reserve(target, twin.pending_tokens)
         twin.tokens = list(twin.tokens)
         if sampling is not None:

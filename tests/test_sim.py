@@ -230,6 +230,7 @@ def test_kv_of_other_tokens_or_another_model_is_refused() -> None:
         (lambda e: e.feed(1, Prompt(text="word " * 7)), ContextFull),
         (lambda e: e.feed(0, WORD), UsageError),
         (lambda e: e.fork(1, 2), UsageError),
+        (lambda e: e.fork(1, 1), UsageError),
         (lambda e: e.dump(0), UsageError),
     ],
 )
