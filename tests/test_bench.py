@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,17 @@ def session() -> Iterator[Session]:
 
 def quiet(_text: str) -> None:
     """Progress that nobody sees."""
+
+
+def test_importing_the_plugin_loads_nothing_native() -> None:
+    code = (
+        "import sys, plugins.bench, plugins.benchmarks.forks; print({'llama_cpp', 'numpy'} & {*sys.modules})"
+    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == "set()\n"
 
 
 def test_spread_and_tail_give_values_that_were_measured() -> None:

@@ -20,8 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.commons import Commons
-from drivers.llamacpp import family, layout, native
+from drivers.llamacpp import familysize, layout, native
 from drivers.llamacpp.buffers import Buffers
+from drivers.llamacpp.calibrate import Costs
+from drivers.llamacpp.curve import Curve
 from drivers.llamacpp.driver import LlamaCppDriver
 from drivers.llamacpp.engine import LlamaEngine
 from drivers.llamacpp.native import lib
@@ -115,12 +117,12 @@ def check(engine: LlamaEngine) -> None:
 
 @pytest.mark.parametrize("common", [512, 3000])
 def test_a_slab_takes_no_more_than_is_planned_for_it(engine: LlamaEngine, common: int) -> None:
-    buffers, cells = Buffers(), family.cells_for(common)
+    buffers, cells = Buffers(), familysize.cells_for(common)
     native.start(lambda _level, _line: None, buffers.hear)
-    slab = engine._slabs._make(cells, family.SEATS, unified=True)
+    slab = engine._slabs._make(cells, familysize.SEATS, unified=True)
     taken_bytes = buffers.kv_bytes + buffers.compute_bytes
     slab.free()
-    assert 0.8 < taken_bytes / engine._slabs._unified_bytes(cells, family.SEATS) <= 1.0
+    assert 0.8 < taken_bytes / engine._slabs._unified_bytes(cells, familysize.SEATS) <= 1.0
 
 
 class _Forced:
@@ -259,7 +261,7 @@ def test_exact_ones_are_copied_and_sit_alone(engine: LlamaEngine, path: Path) ->
 
 
 def test_short_histories_are_copied(engine: LlamaEngine) -> None:
-    read(engine, 0, prompt_of(1, family.LEAST_TOKENS - 1))
+    read(engine, 0, prompt_of(1, familysize.LEAST_TOKENS - 1))
     engine.fork(0, 1)
     engine.open(2, prompt_of(4, 100, 10), WARM)
     engine.open(3, prompt_of(4, 100, 10), WARM)
@@ -270,7 +272,7 @@ def test_who_has_most_of_its_own_moves_out_when_cells_are_used_up(engine: LlamaE
     read(engine, 0, prompt_of(1))
     for seq in range(1, 6):
         engine.fork(0, seq)
-    cells = family.cells_for(COMMON)
+    cells = familysize.cells_for(COMMON)
     list(steps(engine, 3, quota=100))  # is ahead
     told: list[SequenceStep] = []
     while families(engine) == [list(range(6))]:
@@ -337,11 +339,71 @@ def test_a_family_takes_no_memory_that_other_programs_have(
     assert families(engine) == [] and len(engine._sequences[1].tokens) == COMMON + 1
 
 
+def test_memory_that_idle_families_give_back_is_there_for_others(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slabs = engine._slabs
+
+    def free_bytes() -> int:
+        """A device that has what the engine was promised, and no more."""
+        used_bytes = slabs._budget.used_bytes(slabs._uses(None)) + slabs._bytes(slabs.families())
+        return slabs._budget.limit_bytes - used_bytes
+
+    for seq in range(4):
+        engine.open(seq, prompt_of(2), WARM)
+    for seq in range(4):
+        engine.close(seq)
+    assert families(engine) == [[]]
+    monkeypatch.setattr(slabs, "_free_bytes", free_bytes)
+    for seq in range(12):
+        engine.open(seq, prompt_of(10 + seq, 2000), WARM)
+    assert families(engine) == []
+
+
+def test_who_has_outgrown_a_seat_stays_with_the_family_that_it_founds(engine: LlamaEngine) -> None:
+    read(engine, 0, prompt_of(1, 512))
+    room_tokens = engine._sequences[0].slab.window_tokens
+    list(steps(engine, 0, quota=room_tokens - 512))
+    assert engine._passes.outgrown == [engine._sequences[0]]
+    engine.fork(0, 1)
+    told = list(steps(engine, 0, 1, quota=5))
+    assert families(engine) == [[0, 1]] and not engine._passes.outgrown
+    assert {seq: len(tokens) for seq, tokens in drawn_of(told).items()} == {0: 5, 1: 5}
+
+
+@given(st.integers(1, 100_000), st.integers(0, 50_000))
+def test_the_first_two_of_a_family_find_cells(common: int, own: int) -> None:
+    if familysize.pays(common, own):
+        assert common + 2 * own < familysize.cells_for(common)
+
+
+def computed_tokens(engine: LlamaEngine, prompts: list[tuple[int, ...]]) -> int:
+    """Of prompts that are opened together, where a copy is cheap."""
+    engine._sharing._costs = Costs(Curve([{1: 1.0}]), prefill_token_s=1.0, copy_token_s=0.001)
+    for seq, tokens in enumerate(prompts):
+        engine.open(seq, Prompt(tokens=tokens, max_tokens=3), WARM)
+    told = list(steps(engine, *range(len(prompts))))
+    check(engine)
+    assert sum(step.finish == "length" for step in told) == len(prompts)
+    return sum(step.prompt_tokens for step in told)
+
+
+def test_a_family_takes_over_what_one_elsewhere_has_computed(engine: LlamaEngine) -> None:
+    system, one, two = words(1, COMMON), words(2, 60), words(3, 60)
+    assert computed_tokens(engine, [system + one, system + two, system + two]) == COMMON + 3 * 60
+    assert families(engine) == [[1, 2]]
+
+
+def test_two_families_of_one_prompt_compute_it_once(engine: LlamaEngine) -> None:
+    assert computed_tokens(engine, [words(1, COMMON)] * 20) == COMMON + 19 * 2
+    assert len(families(engine)) == 2
+
+
 def test_a_full_family_is_followed_by_another(engine: LlamaEngine) -> None:
     read(engine, 0, prompt_of(1))
     for seq in range(1, 20):
         engine.fork(0, seq)
-    assert families(engine) == [[0, *range(family.SEATS, 20)], list(range(1, family.SEATS))]
+    assert families(engine) == [[0, *range(familysize.SEATS, 20)], list(range(1, familysize.SEATS))]
     check(engine)
     assert len({tuple(each.tokens) for each in engine._slabs}) == 1
     list(steps(engine, *range(20), quota=3))

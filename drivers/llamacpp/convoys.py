@@ -75,8 +75,9 @@ class Convoys:
         through: list[Sequence] = []
         others: list[Sequence] = []
         for member in convoy.behind():
-            runs, is_through = quota_tokens.get(member.id, 0) > 0, convoy.end(member) <= first.computed
-            if is_through and (runs or self._sharing.is_free(first, member)):
+            runs, end = quota_tokens.get(member.id, 0) > 0, convoy.end(member)
+            is_through = end <= first.computed
+            if is_through and (runs or self._sharing.is_free(convoy.source(member, end), member)):
                 through.append(member)
             elif runs:
                 others.append(member)

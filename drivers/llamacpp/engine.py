@@ -1,7 +1,7 @@
 """The llama.cpp engine: sequences of one model, computed together.
 
 Owner: one thread of one process, usually a worker's. Fills `kernel.device.Engine`. Every argument is
-checked before native code sees it. A sequence takes a seat of the slab for as long as it is open.
+checked before native code sees it. A sequence takes a seat of a slab for as long as it is open.
 Not here: time sharing (the kernel), which tokens go into a pass (planner.py), the context (slab.py).
 """
 
@@ -89,7 +89,7 @@ class LlamaEngine:
         added = self._prompts.next(prompt, sequence.tokens)
         tokens = len(sequence.tokens) + len(added)
         if tokens > sequence.slab.window_tokens:
-            self._slabs.move(sequence, self._need(tokens, tokens, prompt.max_tokens))
+            self._move(sequence, self._need(tokens, tokens, prompt.max_tokens))
         self._forget(sequence)
         if sequence.prompt_tokens < len(sequence.tokens):
             sequence.reply_bounds += (sequence.prompt_tokens, len(sequence.tokens))
@@ -159,6 +159,7 @@ class LlamaEngine:
         for waiting in (self._complete, self._passes.outgrown):
             if sequence in waiting:
                 waiting.remove(sequence)
+        sequence.stuck = False
 
     def borrowed_tokens(self) -> dict[int, int]:
         borrowed: dict[int, int] = {}
@@ -184,7 +185,8 @@ class LlamaEngine:
         for family in self._slabs.families():
             while crowded := family.crowded_out(quota_tokens):
                 crowded.rests = True
-                self._passes.outgrown.append(crowded)
+                if crowded not in self._passes.outgrown:
+                    self._passes.outgrown.append(crowded)
                 told += self._grow(quota_tokens)
         taken, waiting = self._convoys.prepare(quota_tokens)
         told += [SequenceStep(seq, 0, None, "", shared_tokens=tokens) for seq, tokens in taken.items()]
@@ -213,20 +215,26 @@ class LlamaEngine:
         """Move those that have outgrown their seats; who finds no room is told so once, and rests."""
         told: list[SequenceStep] = []
         for sequence in list(self._passes.outgrown):
+            if not sequence.rests:  # founding a family has moved it to another seat
+                self._forget(sequence)
+                continue
             if quota_tokens.get(sequence.id, 0) <= 0:
                 continue
-            if sequence.slab.unified:
-                self._convoys.leave(sequence)  # from elsewhere, nobody there can take its KV over
             try:
-                self._slabs.move(sequence, len(sequence.tokens))
+                self._move(sequence, len(sequence.tokens))
             except AdmissionRefused:
                 if not sequence.stuck:
                     told.append(SequenceStep(sequence.id, 0, None, "", stuck=True))
                 sequence.stuck = True
             else:
-                self._passes.outgrown.remove(sequence)
-                sequence.stuck = False
+                self._forget(sequence)
         return told
+
+    def _move(self, sequence: Sequence, tokens: int) -> None:
+        """To a seat for so many tokens. Raises AdmissionRefused; then it sits where it was."""
+        if sequence.slab.unified:
+            self._convoys.leave(sequence)  # from elsewhere, nobody there can share its cells
+        self._slabs.move(sequence, tokens)
 
     def _is_over(self, seq: int) -> bool:
         """Whether a sequence is not there, or has finished and told it."""

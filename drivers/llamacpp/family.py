@@ -6,44 +6,18 @@ everybody attends over everybody's cells, so a family is good for as long as wha
 own is little beside what they have in common; who has most of its own moves to an ordinary seat when the
 cells are used up.
 
-Measured, 61 M parameters in Q8_0 on one Zen 4 core, 1000 tokens in common, the time of a pass over that on
-streams of their own, by how many tokens each member has of its own:
-
-    own      50    100   170   240   300   370   430   500
-    2 seats  0.93  0.95  0.99  0.94  1.04  1.01  1.11  1.09
-    4 seats  0.79  0.84  0.88  0.96  0.98  1.02  1.10  1.07
-    8 seats  0.71  0.77  0.84  0.95  1.03  1.10  1.25  1.29
-
-With 512 in common, 8 members are even at 170. So the cells for what is own are twice the common ones: full
-when 8 have become as slow as on streams; two or four that stay longer lose a tenth. Making such a slab
-takes 12 to 17 ms, a copy of 1000 tokens 3.5 ms, a share 0.05 ms.
-Owner: the engine. Not here: the native cells (slab.py), when one is made (slabs.py).
+Owner: the engine. Not here: the native cells (slab.py), how many there are (familysize.py), when one is made
+(slabs.py).
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from drivers.llamacpp.layout import WINDOW_STEP_TOKENS
 from drivers.llamacpp.planner import Plan
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
 
-SEATS: Final = 16
-LEAST_TOKENS: Final = 512  # in common; of fewer, several copies are made sooner than a slab
 _SPARE_TOKENS: Final = 32  # cells that a newcomer must find beside those it needs at once
-_OWN_PART: Final = 2  # all members' own tokens together, as a multiple of the common ones
-_MOST_OWN_TOKENS: Final = 512  # per seat: what an ordinary seat has for an answer at first
-
-
-def cells_for(common_tokens: int) -> int:
-    """Of the slab of a family that has so many tokens in common."""
-    own = min(_OWN_PART * common_tokens, SEATS * _MOST_OWN_TOKENS)
-    return -(-(common_tokens + own) // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
-
-
-def pays(common_tokens: int, own_tokens: int) -> bool:
-    """Whether to make one for the first two, who have so many tokens of their own."""
-    return common_tokens >= LEAST_TOKENS and 2 * own_tokens <= common_tokens
 
 
 class Family(Seating):

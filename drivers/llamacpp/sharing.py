@@ -12,7 +12,8 @@ from functools import partial
 from typing import Final
 
 from drivers.llamacpp.calibrate import Costs
-from drivers.llamacpp.family import LEAST_TOKENS, Family
+from drivers.llamacpp.family import Family
+from drivers.llamacpp.familysize import LEAST_TOKENS
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
 from drivers.llamacpp.slab import Slab
@@ -91,7 +92,13 @@ class Sharing:
         return _shares(sequence.slab, holder)
 
     def take_over_from(self, holder: Sequence, sequence: Sequence, tokens: int) -> None:
-        """Have a sequence that sits go on from what another one has computed of the tokens they share."""
+        """Have a sequence that sits go on from what another one has computed of the tokens they share.
+
+        In a family that one copies it, if there are cells for that; the others share those.
+        """
+        seating, is_free = self._slabs.of(sequence), self.is_free(holder, sequence)
+        if isinstance(seating, Family) and not is_free and holder.computed > seating.free_cells():
+            return
         if self._copy_pays(holder, sequence.slab, tokens - sequence.computed):
             sequence.computed = self._copy(holder, sequence.slab, sequence.seat, tokens)
 
@@ -133,8 +140,8 @@ class Sharing:
         if _shares(slab, holder):
             return gained > 0
         fits = holder.computed <= slab.window_tokens
-        if slab.unified or (holder.slab.unified and not fits):
-            return False  # a copy is not worth the cells; taken apart, a holder's cells would be its own
+        if not fits and (slab.unified or holder.slab.unified):
+            return False  # there are no cells for all of it; taken apart, a holder's cells would be its own
         return self._pays(holder.computed if fits else _PART * holder.computed, gained)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """The slabs of one engine: made, resized and dropped within a fixed number of bytes.
 
 Owner: the engine. There is one of each class of window at most, and unified ones beside them, one for each
-family. A slab that is to have another number of seats is freed and made again: the KV of
-those who sit on it waits outside meanwhile, what was kept on its free seats is lost.
+family. A slab that is to have another number of seats is freed and made again: the KV of those who sit on it
+waits outside meanwhile, what was kept on its free seats is lost.
 Not here: how many seats a class gets (budget.py), which seat of a slab (seating.py).
 """
 
@@ -12,7 +12,8 @@ from typing import Final, Protocol
 from drivers.llamacpp.budget import Budget, Room, SlabBytes, Use
 from drivers.llamacpp.calibrate import measure_more
 from drivers.llamacpp.curve import Curve
-from drivers.llamacpp.family import SEATS, Family, cells_for, pays
+from drivers.llamacpp.family import Family
+from drivers.llamacpp.familysize import SEATS, cells_for, pays
 from drivers.llamacpp.planner import Planner
 from drivers.llamacpp.seating import Seating
 from drivers.llamacpp.sequence import Sequence
@@ -82,21 +83,28 @@ class Slabs:
         """The memory was promised at the load, but other programs may have taken it since."""
         if not room.resize:
             return
-        after = uses | {window: Use(seats, 0) for window, seats in room.resize.items()}
-        more_bytes = self._budget.used_bytes(after) - self._budget.used_bytes(uses)
-        if more_bytes > 0 and more_bytes > (free_bytes := self._free_bytes()):
+        after_bytes = self._after_bytes(room, uses)
+        more_bytes = after_bytes - self._budget.used_bytes(uses)
+        if more_bytes <= 0:
+            return
+        free_bytes = self._free_bytes() + self._spared_bytes(self._budget.limit_bytes - after_bytes)
+        if more_bytes > free_bytes:
             raise AdmissionRefused(
                 f"needs {more_bytes // MIB} MiB; {free_bytes // MIB} MiB are free",
                 "other programs have taken what was promised",
             )
+
+    def _after_bytes(self, room: Room, uses: dict[int, Use]) -> int:
+        """What the classes take once there is this room."""
+        after = uses | {window: Use(seats, 0) for window, seats in room.resize.items()}
+        return self._budget.used_bytes(after)
 
     def arrange(self, room: Room | Seating) -> Seating:
         """Do what a room needs; returns the slab that has a free seat now."""
         if isinstance(room, Seating):
             return room
         by_window = self._classes()
-        after = self._uses(None) | {window: Use(seats, 0) for window, seats in room.resize.items()}
-        self._spare(self._budget.limit_bytes - self._budget.used_bytes(after))
+        self._spare(self._budget.limit_bytes - self._after_bytes(room, self._uses(None)))
         for window, seats in room.resize.items():
             self._resize(window, seats, by_window.get(window))
         return self._classes()[room.window_tokens]
@@ -138,7 +146,8 @@ class Slabs:
         seats = min(SEATS, self._budget.most_seats)
         left_bytes = self._budget.limit_bytes - self._budget.used_bytes(self._uses(None))
         need_bytes = self._unified_bytes(cells, seats)
-        if need_bytes > min(left_bytes - self._family_bytes(None), self._free_bytes()):
+        free_bytes = self._free_bytes() + self._spared_bytes(left_bytes - need_bytes)
+        if need_bytes > min(left_bytes - self._family_bytes(None), free_bytes):
             return None
         self._spare(left_bytes - need_bytes)
         try:
@@ -166,6 +175,10 @@ class Slabs:
 
     def _bytes(self, families: Iterable[Seating]) -> int:
         return sum(self._unified_bytes(each.slab.window_tokens, each.slab.seats) for each in families)
+
+    def _spared_bytes(self, most_bytes: int) -> int:
+        """What `_spare` gives back, at least, where enough of them can be dropped."""
+        return max(0, self._bytes(self.families()) - most_bytes)
 
     def _spare(self, most_bytes: int) -> None:
         """Drop slabs of families that nobody sits on any more until they take so many bytes at most."""

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from drivers.llamacpp import family
+from drivers.llamacpp import familysize
 from kernel.errors import KernelFault, LlmosError, UsageError
 from kernel.syscall import Signal
 from plugins.benchmarks.command import Report, benchmark
@@ -145,7 +145,7 @@ def _signal(machine: Machine, pid: int, signal: Signal) -> None:
 
 def _reserved_copies(forked: _Forked) -> float:
     shares = forked.copies < 2
-    return family.cells_for(forked.prompt_tokens) / forked.prompt_tokens if shares else forked.copies
+    return familysize.cells_for(forked.prompt_tokens) / forked.prompt_tokens if shares else forked.copies
 
 
 def _independent(machine: Machine, texts: Sequence[str]) -> float:
