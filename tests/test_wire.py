@@ -29,7 +29,7 @@ token_tuples = st.lists(tokens, max_size=20).map(tuple)
 
 
 def every_field(kind: type, **strategies: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
-    """Instances of a dataclass with no field left at its default: a new field must be put on the wire."""
+    """Instances of a (named) tuple or dataclass, a strategy for each field: a new one must go on the wire."""
     assert set(strategies) == set(inspect.signature(kind).parameters)
     return st.builds(kind, **strategies)
 

@@ -1,9 +1,9 @@
 """One llama.cpp context: a number of seats of one size over shared weights.
 
-Each seat has its own stream of the KV cache and flash attention is off: faster with many sequences on
-a CPU, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what runs beside it. In a unified
-slab all seats have one pool of cells instead, and a cell may belong to several (family.py); there, all
-attend over the cells of all. The KV cache is committed when the slab is made.
+Each seat has its own stream of the KV cache, and on a CPU flash attention is off: faster there with many
+sequences, and with Q8_0 or Q4_0 weights a sequence's logits do not depend on what runs beside it. In a
+unified slab all seats have one pool of cells instead, and a cell may belong to several (family.py); there,
+all attend over the cells of all. The KV cache is committed when the slab is made.
 
 Owner: one engine, which runs on one thread; two threads in a context abort the process.
 Not here: what a sequence is (sequence.py), who sits where (seating.py), what to compute next (engine.py).

@@ -40,7 +40,12 @@ def _load_arguments(parser: Arguments) -> None:
         "--seats", type=tokens, default=0, metavar="N", help="processes that can hold their KV at once"
     )
     parser.add("--threads", type=tokens, default=0, metavar="N", help="compute threads")
-    parser.add("--device", default="", metavar="NAME", help="on this device; without it, where most room is")
+    parser.add(
+        "--device",
+        default="",
+        metavar="NAME",
+        help="on this device; without it, on a GPU only if the model does not fit in RAM",
+    )
     parser.add("--dry-run", action="store_true", help="load nothing: say what it would take")
     parser.add("--json", action="store_true", help="with --dry-run: one object, in bytes")
     add_wait(parser)
