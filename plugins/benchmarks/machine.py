@@ -118,7 +118,8 @@ def model_argument(parser: Arguments) -> None:
 
 def device_argument(parser: Arguments) -> None:
     """`--device`, for what is measured against others: they use the same one."""
-    parser.add("--device", default="", metavar="NAME", help="on this one; without it, where most room is")
+    told = "on this one; without it, on a GPU only if the model does not fit in RAM"
+    parser.add("--device", default="", metavar="NAME", help=told)
 
 
 def model_path(shell: Shell, name: str | None, tell: Tell) -> Path:
