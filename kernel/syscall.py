@@ -217,8 +217,9 @@ class Syscalls:
     ) -> ModelView:
         """Begin to load a model (by name or path) and return at once. Loading again changes nothing.
 
-        Without a device's name, it goes where most room is. Idle models make room. Where that is not enough,
-        it waits for memory, or without `wait` is refused.
+        Without a device's name, it goes to the kind that its driver likes best and that it can fit, and there
+        where most room is. Idle models make room. Where that is not enough, it waits for memory, or without
+        `wait` is refused.
         Raises ModelNotFound, ModelInvalid, AdmissionRefused, UsageError (no such device), NotPermitted.
         """
         kernel = self._kernel
