@@ -3,7 +3,6 @@
 Reads as a table of contents. Owner: `llmos.cli` calls it once.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -83,7 +82,6 @@ def boot(
         registry.find_more = lambda registry: _add_plugins(registry, paths)
     shell = Shell(system, registry, arguments=arguments, open_monitor=lambda: _monitor(system))
     shell.chat_history = paths.chat_history_file
-    gc.freeze()  # what a boot leaves stays: to look through it again takes 50 ms, and everything waits
     return Machine(paths, config, system, shell)
 
 
