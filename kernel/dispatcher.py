@@ -372,7 +372,8 @@ class Dispatcher:
                     model.queue.seat(thread, False)
                     thread.process.state = State.RUNNABLE
             host, model.host = model.host, None
-            model.seats, model.draining, model.to_close, model.kv_short = [], {}, [], False
+            model.seats, model.draining, model.to_close, model.borrowed = [], {}, [], {}
+            model.kv_short = False
         if host is not None:
             host.shutdown()
         with self.table.lock:

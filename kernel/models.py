@@ -95,7 +95,9 @@ class Model:
     draining: dict[int, int] = field(default_factory=dict)  # seat -> last quantum that may still name it
     to_close: list[int] = field(default_factory=list)  # vacated seats that the engine has not been told of
     kv_short: bool = False  # the engine refused a sequence for want of KV memory, and has closed none since
-    shares_kv: bool = False  # whether some of its sequences hold KV together
+    borrowed: dict[int, int] = field(
+        default_factory=dict
+    )  # by seat: tokens with KV that another is charged for
     contested: bool = True  # something changed since nobody who waits had a claim to a taken seat
     users: int = 0  # processes that need it and have not ended
     progress: float = 0.0

@@ -75,14 +75,24 @@ class Thread:
     pieces: list[str] | None = field(default=None, repr=False)  # of the reply so far
     seat: int | None = None  # its seat in the engine's KV cache
     tokens: list[int] | tuple[()] = field(default=(), repr=False)  # prompt, then output
-    prompt_length: int = 0  # how many of `tokens` are prompt
-    reply_bounds: tuple[int, ...] = ()  # where a chat's earlier replies begin and end in it, in turn
+    bounds: tuple[
+        int, ...
+    ] = ()  # where a chat's earlier replies begin and end, in turn; then the prompt's end
     computed: int = 0  # tokens whose KV exists
-    borrowed: int = 0  # of them, those whose KV is another sequence's, too, and is charged to that one
     kv: Swapped | None = field(default=None, repr=False)  # KV state swapped out
     granted: int = 0  # tokens granted in quanta in flight and not yet computed
     deaths: int = 0  # of the engine, while it opened this sequence
     lag: float = 0.0  # service units owed, kept while it is not runnable
+
+    @property
+    def prompt_length(self) -> int:
+        """How many of `tokens` are prompt."""
+        return self.bounds[-1] if self.bounds else 0
+
+    @property
+    def reply_bounds(self) -> tuple[int, ...]:
+        """Where earlier replies begin and end in the prompt, in turn."""
+        return self.bounds[:-1]
 
     @property
     def reply(self) -> str:
@@ -112,10 +122,9 @@ class Thread:
 
     def begin(self, opened: Opened) -> None:
         """A prompt has been opened: its tokens are known, and perhaps some of their KV."""
-        if self.prompt_length < len(self.tokens):
-            self.reply_bounds += (self.prompt_length, len(self.tokens))
+        drawn = (self.prompt_length, len(self.tokens)) if self.prompt_length < len(self.tokens) else ()
         self.tokens = [*self.tokens, *opened.tokens]
-        self.prompt_length, self.begun = len(self.tokens), True
+        self.bounds, self.begun = (*self.reply_bounds, *drawn, len(self.tokens)), True
         self.process.prompt_tokens += len(opened.tokens)
         self.process.shared_tokens += opened.shared_tokens
 
@@ -127,8 +136,8 @@ class Thread:
 
     def restart(self) -> None:
         """Forget the sequence: the next item begins."""
-        self.tokens = self.reply_bounds = ()
-        self.prompt_length = self.computed = self.borrowed = 0
+        self.tokens = self.bounds = ()
+        self.computed = 0
         self.drop_kv()
 
     def drop_kv(self) -> None:

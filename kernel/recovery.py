@@ -87,8 +87,7 @@ class Recovery:
         process.threads += tuple(Thread(process, index) for index in missing)
         for thread, state in zip(process.threads, saved.threads, strict=False):
             thread.tokens = list(state.tokens)
-            thread.prompt_length, thread.begun = state.prompt_length, state.begun
-            thread.reply_bounds = state.reply_bounds
+            thread.bounds, thread.begun = (*state.reply_bounds, state.prompt_length), state.begun
             if state.item < process.items:
                 thread.items = (state.item,)
                 process.say(thread, state.reply)

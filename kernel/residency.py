@@ -324,7 +324,7 @@ class Residency:
                     thread.seat, thread.computed, thread.known = None, 0, 0
         self._detach(model)
         with self.kernel.table.lock:
-            model.seats, model.draining, model.to_close = [], {}, []
+            model.seats, model.draining, model.to_close, model.borrowed = [], {}, [], {}
             freed = self.kernel.ledger.release(model.device.pool, model.name)
             model.state, model.progress, model.wanted = ModelState.WAITING, 0.0, False
             for process in {thread.process: None for thread in model.queue}:  # chats, spoken to meanwhile

@@ -68,8 +68,8 @@ class Seats:
         seat = model.free_seat()
         if seat is None:
             return False
-        thread.seat, thread.borrowed = seat, 0
-        model.seats[seat] = thread
+        thread.seat, model.seats[seat] = seat, thread
+        model.borrowed.pop(seat, None)
         return True
 
     @staticmethod
@@ -241,17 +241,13 @@ class Seats:
 
     def charge(self, model: Model, borrowed: Mapping[int, int]) -> None:
         """Each byte of KV that sequences hold together is one process's."""
-        if not (borrowed or model.shares_kv):
-            return
-        with self._table.lock:
-            model.shares_kv = bool(borrowed)
-            for seat, thread in enumerate(model.seats):
-                if thread is not None:
-                    thread.borrowed = borrowed.get(seat, 0)
+        if borrowed or model.borrowed:
+            with self._table.lock:
+                model.borrowed = dict(borrowed)
 
     def _close_vacated(self, model: Model) -> None:
         """Tell the engine of the seats that are free again."""
-        shared = model.to_close and model.shares_kv
+        shared = model.to_close and model.borrowed
         while model.to_close:
             model.open_host().close(model.to_close[0])
             with self._table.lock:

@@ -37,7 +37,7 @@ def process_view(process: Process, model: Model | None, now_s: float) -> Process
         tokens_per_s=rate_of(process, now_s) if process.alive else average,
         context_tokens=process.tokens(),
         context_limit_tokens=engine.context_tokens * max(len(process.threads), 1) if engine else 0,
-        kv_bytes=_kv_bytes(process, engine.kv_bytes_per_token if engine else 0),
+        kv_bytes=_kv_bytes(process, model),
         device_s=process.device_s,
         started_s=process.started_wall_s,
         elapsed_s=elapsed_s,
@@ -91,11 +91,14 @@ def disk_view(entry: CatalogEntry) -> ModelView:
     )
 
 
-def _kv_bytes(process: Process, bytes_per_token: int) -> int:
+def _kv_bytes(process: Process, model: Model | None) -> int:
     """KV that its tokens occupy, on a seat or swapped out; what several hold together counts in one."""
     swapped = sum(t.kv.size_bytes for t in process.threads if t.kv is not None)
-    seated = (t for t in process.threads if t.kv is None and t.seat is not None)
-    return swapped + bytes_per_token * sum(max(0, t.computed - t.borrowed) for t in seated)
+    if model is None or model.host is None:
+        return swapped
+    seated = ((t, t.seat) for t in process.threads if t.kv is None and t.seat is not None)
+    tokens = sum(max(0, thread.computed - model.borrowed.get(seat, 0)) for thread, seat in seated)
+    return swapped + tokens * model.host.info.kv_bytes_per_token
 
 
 def _waits_for(process: Process, model: Model | None) -> str:

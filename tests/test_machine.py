@@ -321,9 +321,7 @@ class Machine(RuleBasedStateMachine):
         for model in self.sim.kernel.models.values():
             if model.host is None or model.to_close or self.sim.kernel.dispatcher_of(model).flights:
                 continue
-            borrowed = {
-                seat: each.borrowed for seat, each in enumerate(model.seats) if each and each.borrowed
-            }
+            borrowed = {seat: tokens for seat, tokens in model.borrowed.items() if model.seats[seat]}
             assert borrowed == model.host.borrowed_tokens()
 
     @invariant()
