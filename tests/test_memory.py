@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from kernel.admission import needs_of
 from kernel.errors import AdmissionRefused
 from kernel.memory import MemoryLedger, Pool
 from kernel.spec import ProcessSpec
-from llmos.boot import _children, _ram_resident
+from llmos.boot import _ram_resident
 
 CAPACITY = {"ram": 1000, "gpu0": 500, "cpus": 2000}
 
@@ -116,13 +115,10 @@ def test_what_is_resident_is_measured_with_the_workers() -> None:
     """Anonymous memory of this process and of a child of any of its threads; a mapped file does not count."""
     resident = _ram_resident()
     assert resident is not None
-    until = time.monotonic() + 10
-    while _children() and time.monotonic() < until:  # of the tests before this one, about to end
-        time.sleep(0.01)
     before = resident()
-    ours = bytearray(64 << 20)
-    assert resident() - before > 60 << 20
-    code = "block = bytearray(96 << 20); print(flush=True); input()"
+    ours = bytearray(256 << 20)  # much more than what the system takes back from the tests before, meanwhile
+    assert resident() - before > 150 << 20
+    code = "block = bytearray(256 << 20); print(flush=True); input()"
     children: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
@@ -135,9 +131,9 @@ def test_what_is_resident_is_measured_with_the_workers() -> None:
     (child,) = children
     assert child.stdout is not None
     child.stdout.readline()
-    assert resident() - before > 150 << 20
+    assert resident() - before > 350 << 20
     child.communicate(b"\n")
-    assert resident() - before < 100 << 20
+    assert resident() - before < 350 << 20
     assert len(ours)
 
 
